@@ -1,0 +1,1 @@
+"""picotron_lab: how large language models are trained on many GPUs, one technique per file."""

@@ -1,0 +1,87 @@
+"""Worlds of one rank: alone, and nobody.
+
+Idea    An axis of size 1 needs no world at all, so that the same code serves size 1 and size n. And
+        one process can run rank r of a job of any size, if nobody answers it with tensors of the
+        right shape: then memory, FLOPs and traffic of that rank can be read off, on fake or meta
+        tensors.
+Use     Axis("world", range(640), 17, Nobody(), Ledger()) is rank 17 of 640
+Tests   tests/test_comm.py
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from picotron_lab.ledger import Call
+
+
+class Work(Protocol):
+    """A call under way."""
+
+    def wait(self) -> None:
+        """Return when it is over; raise CommError when it never will be."""
+
+
+class Done:
+    """Work that is already over."""
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+
+class Alone:
+    """An axis of one rank: every collective is a copy at most."""
+
+    def all_reduce(self, call: Call, out: Tensor, op: str) -> Work:
+        return Done()
+
+    def broadcast(self, call: Call, out: Tensor, source: int) -> Work:
+        return Done()
+
+    def all_gather(self, call: Call, out: Tensor, x: Tensor) -> Work:
+        out.copy_(x)
+        return Done()
+
+    def reduce_scatter(self, call: Call, out: Tensor, x: Tensor, op: str) -> Work:
+        out.copy_(x)
+        return Done()
+
+    def all_to_all(
+        self, call: Call, out: Tensor, x: Tensor, receive_rows: list[int], send_rows: list[int]
+    ) -> Work:
+        out.copy_(x)
+        return Done()
+
+    def barrier(self, call: Call) -> Work:
+        return Done()
+
+    def split(self, call: Call, mine: list[int]) -> "Alone":
+        return self
+
+
+class Nobody(Alone):
+    """A dry run: rank r of a large job, whose calls are answered with tensors of the right shape.
+
+    The values mean nothing (each peer seems to hold what I hold); shapes, dtypes and the ledger are
+    real.
+    """
+
+    def all_gather(self, call: Call, out: Tensor, x: Tensor) -> Work:
+        for shard in out.split(max(1, x.shape[0])):
+            shard.copy_(x)
+        return Done()
+
+    def reduce_scatter(self, call: Call, out: Tensor, x: Tensor, op: str) -> Work:
+        out.copy_(x[: out.shape[0]])
+        return Done()
+
+    def all_to_all(
+        self, call: Call, out: Tensor, x: Tensor, receive_rows: list[int], send_rows: list[int]
+    ) -> Work:
+        out.zero_()
+        return Done()
+
+    def exchange(self, call: Call, sends: list, receives: list) -> Work:
+        for out, _ in receives:
+            out.zero_()
+        return Done()

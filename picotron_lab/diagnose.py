@@ -1,0 +1,70 @@
+"""Sentences for what can go wrong while training runs."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from picotron_lab.precision import is_narrow
+
+GIB = 2**30
+
+
+class TrainingError(Exception):
+    """A sentence about a run that cannot go on."""
+
+
+def not_finite(loss: float, step: int, model: nn.Module, batch: tuple) -> TrainingError:
+    """The error for a NaN or infinite loss; it names the first module with such an output."""
+    culprit = first_bad_module(model, batch)
+    where = (
+        f"module {culprit} is the first with such an output"
+        if culprit
+        else "all outputs are finite"
+    )
+    return TrainingError(
+        f"the loss is {loss} at step {step}; {where} on this rank; try a lower --lr, a longer "
+        "--warmup-steps or --dtype float32."
+    )
+
+
+@torch.no_grad()
+def first_bad_module(model: nn.Module, batch: tuple) -> str | None:
+    """Run one forward and return the name of the first module that gives NaN or infinity."""
+    found: list[str] = []
+
+    def look(name: str):
+        def hook(module: nn.Module, args: tuple, output: object) -> None:
+            tensors = [x for x in (output if isinstance(output, tuple) else (output,))]
+            if not all(bool(x.isfinite().all()) for x in tensors if isinstance(x, Tensor)):
+                found.append(name or "the whole model")
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    model(*batch)
+    for hook in hooks:
+        hook.remove()
+    return found[0] if found else None
+
+
+def out_of_memory(parameters: Sequence[nn.Parameter], device: torch.device) -> TrainingError:
+    """The error for a full GPU: which category is too large, and what to change."""
+    state = sum(p.numel() * bytes_of_state(p) for p in parameters) / GIB
+    room = torch.cuda.get_device_properties(device).total_memory / GIB
+    if state > room:
+        return TrainingError(
+            f"out of memory: weights, gradients and optimizer need {state:.1f} GiB of the GPU's "
+            f"{room:.1f}; choose a smaller --model."
+        )
+    return TrainingError(
+        f"out of memory: activations do not fit beside the {state:.1f} GiB of weights, "
+        f"gradients and optimizer in the GPU's {room:.1f} GiB; halve --micro-batch-size."
+    )
+
+
+def bytes_of_state(parameter: nn.Parameter) -> int:
+    """Bytes per element of weight, gradient and AdamW: 16, or 18 for bf16 (see precision.py)."""
+    if is_narrow(parameter.dtype):
+        return parameter.itemsize + 4 * 4
+    return 4 * parameter.itemsize

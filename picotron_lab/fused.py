@@ -1,0 +1,181 @@
+"""The fused model: the same modules as model.py, with fewer trips to memory.
+
+Idea    A matmul is bound by arithmetic; norms, rotations, activations and the loss are bound by
+        memory. Fusing them saves reads and writes, and never forming a large tensor saves memory as
+        well:
+        attention     scores T*T stay on chip (scaled_dot_product_attention)
+        add + norm    x + delta is read once and normalised while it is there
+        rotary, SwiGLU one kernel each way; only the inputs are saved for backward
+        loss          logits exist for a chunk of tokens at a time, never all N*V of them
+Where   CUDA: Triton kernels (kernels/) or torch's fused operators. CPU, and float64 anywhere:
+        torch's operators. Same parameters under the same names: fuse() may be called on any plain
+        model.
+Paper   chunked loss: Liger Kernel (2410.10989), section 3.2; attention: FlashAttention (2205.14135)
+Dims    as in model.py; N = B*T tokens, a chunk has n of them
+Read    fuse -> FusedBlock -> SDPA -> ChunkedHead
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from picotron_lab.dropout import Where
+from picotron_lab.model import (
+    IGNORED,
+    MLP,
+    Attention,
+    AttentionCore,
+    Block,
+    Head,
+    Llama,
+    Rotate,
+    SwiGLU,
+    wide,
+)  # fmt: skip
+
+CHUNK_ELEMENTS = {
+    "cuda": 2**27,
+    "cpu": 2**21,
+}  # logits alive at a time; small ones stay in CPU caches
+
+
+def fuse(model: Llama) -> None:
+    """Replace the parts of a plain model, in place, by fused ones with the same parameters."""
+    for i, block in enumerate(model.layers):
+        for part in block.modules():
+            if isinstance(part, Attention):
+                part.rotate, part.core = FusedRotate(), SDPA()
+            if isinstance(part, MLP):
+                part.activation = FusedSwiGLU()
+        model.layers[i] = FusedBlock(block)
+    model.head = ChunkedHead(model.head)
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether the Triton kernels serve this tensor."""
+    return x.is_cuda and x.dtype != torch.float64
+
+
+class FusedBlock(nn.Module):
+    """A Block whose second norm also does the addition before it."""
+
+    def __init__(self, block: Block):
+        super().__init__()
+        for name, part in block.named_children():
+            setattr(self, name, part)
+
+    def forward(self, x_BTD: Tensor, angles: tuple[Tensor, Tensor], where: Where) -> Tensor:
+        first, second = self.attention_norm, self.mlp_norm
+        normed_BTD = F.rms_norm(x_BTD, first.weight.shape, first.weight, first.eps)
+        delta_BTD = self.attention_dropout(self.attention(normed_BTD, angles), where)
+        x_BTD, normed_BTD = add_rms_norm(x_BTD, delta_BTD, second.weight, second.eps)
+        return x_BTD + self.mlp_dropout(self.mlp(normed_BTD), where)
+
+
+def add_rms_norm(
+    x_BTD: Tensor, delta_BTD: Tensor, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(x + delta, its RMSNorm)."""
+    if has_kernel(x_BTD):
+        from picotron_lab.kernels import norm
+
+        return norm.add_rms_norm(x_BTD, delta_BTD, weight_D, eps)
+    x_BTD = x_BTD + delta_BTD
+    return x_BTD, F.rms_norm(x_BTD, weight_D.shape, weight_D, eps)
+
+
+class FusedRotate(Rotate):
+    """Queries and keys turned in one kernel."""
+
+    def forward(self, q_BTHC: Tensor, k_BTKC: Tensor, angles: tuple) -> tuple[Tensor, Tensor]:
+        if not has_kernel(q_BTHC):
+            return super().forward(q_BTHC, k_BTKC, angles)
+        from picotron_lab.kernels import rope
+
+        return rope.rope_qk(q_BTHC, k_BTKC, *angles)
+
+
+class FusedSwiGLU(SwiGLU):
+    """silu(gate) * up in one kernel each way."""
+
+    def forward(self, gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+        if not has_kernel(gate_BTF):
+            return super().forward(gate_BTF, up_BTF)
+        from picotron_lab.kernels import swiglu
+
+        return swiglu.swiglu(gate_BTF, up_BTF)
+
+
+class SDPA(AttentionCore):
+    """torch's fused causal attention: cuDNN or flash kernels on CUDA, flash on CPU."""
+
+    def forward(self, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor) -> Tensor:
+        q, k, v = (rearrange(x, "b t h c -> b h t c") for x in (q_BTHC, k_BTKC, v_BTKC))
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return rearrange(out, "b h t c -> b t h c")
+
+
+# ---- the loss, a chunk of tokens at a time
+
+
+class ChunkedHead(nn.Module):
+    """A Head that computes loss and gradients chunk by chunk."""
+
+    def __init__(self, head: Head):
+        super().__init__()
+        self.weight = head.weight
+
+    def forward(self, x_BTD: Tensor, labels_BT: Tensor | None = None) -> Tensor:
+        if labels_BT is None:
+            return F.linear(x_BTD, self.weight)
+        chunk = max(1, CHUNK_ELEMENTS[x_BTD.device.type] // self.weight.shape[0])
+        x_ND, labels_N = x_BTD.flatten(0, 1), labels_BT.flatten()
+        learning = torch.is_grad_enabled()
+        return LinearCrossEntropy.apply(x_ND, self.weight, labels_N, chunk, learning)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum over counted tokens of -log softmax(x W^T)[label], with gradients made in the forward.
+
+    The gradient of a summed loss needs only one number from above, the factor that backward gives.
+    So a chunk's logits can turn into its part of dX and dW while they exist. Source: 2410.10989,
+    3.2.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, chunk: int, learning: bool
+    ) -> Tensor:
+        loss = wide(x_ND.new_zeros(()))
+        dx_ND = torch.empty_like(x_ND) if learning else None
+        dw_VD = wide(torch.zeros_like(w_VD)) if learning else None
+        for first in range(0, x_ND.shape[0], chunk):
+            rows = slice(first, first + chunk)
+            x_nD, labels_n = x_ND[rows], labels_N[rows]
+            logits_nV = wide(x_nD @ w_VD.T)
+            log_sum_n = logits_nV.logsumexp(-1, keepdim=True)
+            picked_n = logits_nV.gather(1, labels_n.clamp(min=0)[:, None])
+            loss += ((log_sum_n - picked_n).squeeze(1) * (labels_n != IGNORED)).sum()
+            if learning:
+                grad_nV = logits_to_gradient(logits_nV, log_sum_n, labels_n).to(x_ND.dtype)
+                dx_ND[rows] = grad_nV @ w_VD
+                dw_VD += grad_nV.T @ x_nD
+        if learning:
+            ctx.save_for_backward(dx_ND, dw_VD)
+            ctx.weight_dtype = w_VD.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, factor: Tensor) -> tuple[Tensor | None, ...]:
+        dx_ND, dw_VD = ctx.saved_tensors
+        return dx_ND.mul_(factor), dw_VD.mul_(factor).to(ctx.weight_dtype), None, None, None
+
+
+def logits_to_gradient(logits_nV: Tensor, log_sum_n: Tensor, labels_n: Tensor) -> Tensor:
+    """softmax - onehot(label), written over the logits; 0 for ignored tokens."""
+    counted_n = labels_n != IGNORED
+    grad_nV = logits_nV.sub_(log_sum_n).exp_()
+    grad_nV.scatter_add_(1, labels_n.clamp(min=0)[:, None], -counted_n.to(grad_nV.dtype)[:, None])
+    return grad_nV.mul_(counted_n[:, None])

@@ -1,0 +1,55 @@
+"""A run as its user sees it: train, show a live line, say what went wrong, let the model write.
+
+Dims    T tokens of the prompt
+"""
+
+from pathlib import Path
+
+import torch
+
+from picotron_lab import diagnose, state
+from picotron_lab.checkpoint import Manifest
+from picotron_lab.comm import Axis
+from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig
+from picotron_lab.generate import generate
+from picotron_lab.log import Log
+from picotron_lab.trainer import Trainer
+
+PROMPT = 32  # tokens of the held-out text that the model goes on from
+
+
+def train(
+    model_cfg: ModelConfig,
+    mesh_cfg: MeshConfig,
+    cfg: TrainConfig,
+    world: Axis,
+    manifest: Manifest | None = None,
+) -> None:
+    """Train from the start, or go on from a checkpoint. Every rank of `world` calls this."""
+    trainer = Trainer(model_cfg, mesh_cfg, cfg, world)
+    if manifest is not None:
+        state.load(trainer, manifest)
+    log = Log(Path(cfg.log_file), trainer.first_step, cfg.steps, active=world.rank == 0)
+    try:
+        for metrics in trainer.fit():
+            log.step(metrics)
+            if "validation_loss" in metrics:
+                log.say(f"step {metrics['step']}: validation loss {metrics['validation_loss']:.4f}")
+    except torch.OutOfMemoryError:
+        raise diagnose.out_of_memory(trainer.parameters, trainer.device) from None
+    finally:
+        log.close()
+    if world.rank == 0:
+        if cfg.sample_tokens:
+            prompt, continuation = write_sample(trainer)
+            print(f"\n--- the model goes on from the held-out text\n{prompt}|{continuation}\n---")
+        print(f"metrics: {log.path}")
+
+
+def write_sample(trainer: Trainer) -> tuple[str, str]:
+    """(prompt, continuation): how the model goes on from the start of the held-out text."""
+    cfg, tokenizer = trainer.cfg, trainer.tokenizer
+    text = trainer.held_out if len(trainer.held_out) else trainer.batches.windows.tokens
+    prompt_T = torch.from_numpy(text[:PROMPT].astype("int64")).to(trainer.device)
+    ids = generate(trainer.model, prompt_T, cfg.sample_tokens, cfg.sequence_length)
+    return tokenizer.decode(prompt_T.tolist()), tokenizer.decode(ids)

@@ -1,0 +1,135 @@
+"""The record of a parameter: its full name and shape, which part this rank holds, who else has a
+say.
+
+Idea    A parallel technique replaces a parameter by a shard of it, or lets other ranks compute a
+        part of its gradient. It writes that down in the parameter's record and is done:
+        initialisation, gradient reduction, clipping, checkpoints and tests read the record, and
+        know no technique by name.
+Record  slices      part of the full parameter that this rank holds, (start, stop) per dim
+        replicas    axes whose ranks all hold the same slices
+        partial     axes whose ranks each hold a part of the gradient: their sum is the gradient
+Exact   every *full* parameter is drawn from a generator seeded by (seed, name), then sliced: any
+        mesh starts from the weights of one device (Picotron seeds each shard alike, so its ranks
+        stay copies for ever).
+Read    Record -> attach -> materialise -> reduce_gradients -> squared_norm
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from picotron_lab.comm import Axis
+
+
+@dataclass(frozen=True)
+class Record:
+    """What must be known of a parameter beyond its values."""
+
+    name: str
+    shape: tuple[int, ...]
+    slices: tuple[tuple[int, int], ...]
+    replicas: tuple[str, ...] = ()
+    partial: tuple[str, ...] = ()
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """The slices as an index into the full parameter."""
+        return tuple(slice(start, stop) for start, stop in self.slices)
+
+
+def attach(model: nn.Module) -> None:
+    """Give every parameter of a plain model its record: all of it is here, and nowhere else."""
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        parameter.record = Record(name, shape, tuple((0, n) for n in shape))
+
+
+def update(parameter: nn.Parameter, **changes: tuple) -> None:
+    """Change fields of a parameter's record."""
+    parameter.record = replace(parameter.record, **changes)
+
+
+def replicate(model: nn.Module, axis: Axis) -> None:
+    """The ranks of `axis` hold the same parameters and see other tokens: gradients are partial."""
+    for parameter in model.parameters():
+        record = parameter.record
+        update(
+            parameter,
+            replicas=(*record.replicas, axis.name),
+            partial=(*record.partial, axis.name),
+        )
+
+
+# ---- initial weights
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """The random stream of one parameter; the same on every rank of every mesh."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def materialise(
+    model: nn.Module,
+    seed: int,
+    draw: Callable[[str, tuple[int, ...], torch.Generator], Tensor],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Turn the parameters of a model on the meta device into real ones, shard by shard.
+
+    draw     (name, full shape, generator) -> the full parameter in float32
+    Memory   one full parameter at a time; tied parameters stay tied.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for key, old in list(module._parameters.items()):
+            if old is None:
+                continue
+            if id(old) not in made:
+                record = old.record
+                full = draw(record.name, record.shape, generator_of(seed, record.name))
+                part = full[record.index].to(device=device, dtype=dtype, copy=True)
+                made[id(old)] = nn.Parameter(part, requires_grad=old.requires_grad)
+                made[id(old)].record = record
+            setattr(module, key, made[id(old)])
+
+
+# ---- gradients
+
+
+def reduce_gradients(parameters: Iterable[nn.Parameter], axes: Mapping[str, Axis]) -> None:
+    """Sum every gradient over the axes that hold a part of it: the one rule for all techniques."""
+    for parameter in parameters:
+        for name in parameter.record.partial:
+            if name in axes:
+                axes[name].all_reduce(parameter.grad, "sum", out=parameter.grad)
+
+
+def squared_norm(
+    parameters: Iterable[nn.Parameter], world: Axis, axes: Mapping[str, Axis]
+) -> Tensor:
+    """Squared norm of the whole model's reduced gradient, float64 scalar; a replica counts once.
+
+    The `holders` ranks that have the same slice contribute 1/holders each, summed over the world.
+    Where every rank has everything, each already knows the answer and nothing is sent.
+    """
+    parameters = list(parameters)
+    device = parameters[0].device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    holders = [math.prod(axes[name].size for name in p.record.replicas) for p in parameters]
+    sharded = min(holders) < world.size
+    for parameter, count in zip(parameters, holders, strict=True):
+        gradient = parameter.grad
+        norm = torch.linalg.vector_norm(gradient, dtype=at_least_float32(gradient.dtype)).double()
+        total += norm**2 / (count if sharded else 1)
+    return world.all_reduce(total) if sharded else total
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over many elements are taken."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,214 @@
+"""The trainer: one model, one mesh, one list of actions per step; it composes every technique.
+
+Idea    loss = sum of token losses / counted tokens, both over the *global* batch. A step is a
+        schedule (a list of actions) that this rank executes: with one stage it is gradient
+        accumulation. Afterwards every gradient is that of one device, so what follows (norm,
+        clipping, AdamW) need not know the mesh.
+Step    deal rows of the global batch -> F, BW per micro-batch -> R reduce gradients -> clip ->
+        update -> log
+Exact   any mesh gives the same loss, gradients and weights: tests/test_trainer.py
+Dims    as in model.py
+Read    build_model -> OneStage -> Trainer.train_step -> Trainer.fit
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from picotron_lab import corpus, data, data_parallel, mesh, optim, precision, sharding, state
+from picotron_lab.analysis import cost, hardware, memory
+from picotron_lab.comm import Axis
+from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig
+from picotron_lab.diagnose import not_finite
+from picotron_lab.dropout import Where
+from picotron_lab.fused import fuse
+from picotron_lab.model import IGNORED, Llama, initial_value
+from picotron_lab.schedules.actions import Action, last_backwards
+from picotron_lab.schedules.basic import accumulation
+
+
+def build_model(
+    model_cfg: ModelConfig, cfg: TrainConfig, axes: mesh.Mesh, device: torch.device
+) -> Llama:
+    """Plain model on the meta device -> parallelized -> fused -> this rank's weights."""
+    with torch.device("meta"):
+        model = Llama(model_cfg, cfg.dropout)
+    sharding.attach(model)
+    data_parallel.parallelize(model, axes.replica)
+    if cfg.impl == "fused":
+        fuse(model)
+    dtype = precision.DTYPES[cfg.dtype]
+    sharding.materialise(model, cfg.seed, initial_value, device, dtype)
+    return model
+
+
+class OneStage:
+    """Executes the actions of a step for a model that is whole on this rank."""
+
+    def __init__(self, model: nn.Module, synchroniser: data_parallel.Synchroniser):
+        self.model, self.synchroniser = model, synchroniser
+        self.losses: dict[int, Tensor] = {}
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
+
+    def run(self, actions: list[Action], batches: list[tuple], tokens: float) -> Tensor:
+        """Run one step; `tokens` counts the global batch. Returns this rank's sum of token
+        losses."""
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=batches[0][0].device)
+        self.synchroniser.begin_step()
+        completes_gradients = last_backwards(actions)
+        for i, action in enumerate(actions):
+            if action.kind == "F":
+                self.losses[action.microbatch] = self.model(*batches[action.microbatch])
+            elif action.kind == "BW":
+                self._backward(action.microbatch, tokens, last=i in completes_gradients)
+            elif action.kind == "R":
+                self.synchroniser.finish()
+        return self.loss_sum
+
+    def _backward(self, microbatch: int, tokens: float, last: bool) -> None:
+        loss = self.losses.pop(microbatch)
+        self.loss_sum += loss.detach()
+        self.synchroniser.before_backward(last)
+        (loss / tokens).backward()
+
+
+class Trainer:
+    """Everything one rank needs to train, to save and to go on."""
+
+    def __init__(self, model_cfg: ModelConfig, mesh_cfg: MeshConfig, cfg: TrainConfig, world: Axis):
+        self.cfg, self.mesh = cfg, mesh.build(world, mesh_cfg)
+        self.microbatches = cfg.micro_batches(self.mesh.replica.size)
+        cuda = torch.cuda.is_available()
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        )
+        self._open_data(model_cfg)
+        self.model = build_model(self.model_cfg, cfg, self.mesh, self.device)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        wide = torch.promote_types(precision.DTYPES[cfg.dtype], torch.float32)
+        precision.accumulate_in(self.parameters, wide)
+        self.masters = precision.MasterWeights(self.parameters)
+        self.optimizer = optim.build(self.masters.weights, cfg)
+        self.stage = OneStage(self.model, self._make_synchroniser())
+        self.first_step = 0
+
+    def _open_data(self, model_cfg: ModelConfig) -> None:
+        cfg = self.cfg
+        self.tokenizer, tokens = corpus.prepare(cfg.data, cfg.tokenizer, Path(cfg.cache_dir))
+        size = model_cfg.vocab_size or -(-self.tokenizer.vocab_size // 64) * 64
+        self.model_cfg = replace(model_cfg, vocab_size=size)
+        corpus.check_vocabulary(tokens, size)
+        train, held_out = data.split(tokens, cfg.sequence_length, cfg.validation_fraction)
+        self.batches = data.Batches(train, cfg.sequence_length, cfg.seed, cfg.global_batch_size)
+        self.held_out = held_out
+
+    def _make_synchroniser(self) -> data_parallel.Synchroniser:
+        cfg = self.cfg
+        dtype = precision.DTYPES[cfg.reduce_dtype] if cfg.reduce_dtype else None
+        size = cfg.bucket_mib * data_parallel.MIB
+        return data_parallel.synchroniser(
+            cfg.sync_step, self.parameters, self.mesh.replica, size, dtype
+        )
+
+    # ---- one step
+
+    def train_step(self, step: int) -> dict[str, Any]:
+        """One optimizer step on global batch `step`; returns its metrics."""
+        start = time.perf_counter()
+        loss, tokens = self.compute_gradients(step)
+        if not math.isfinite(loss):
+            raise not_finite(loss, step, self.model, self._deal(step)[0])
+        norm = self.update(step)
+        seconds = time.perf_counter() - start
+        ledger = self.mesh.world.ledger
+        sent = ledger.bytes_by_axis()
+        ledger.clear()
+        return {
+            "step": step,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": optim.learning_rate(step, self.cfg),
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "mfu": self._mfu(tokens / seconds),
+            "peak_memory_bytes": memory.peak_memory_bytes(self.device),
+            "sent_bytes": sent,
+        }
+
+    def compute_gradients(self, step: int) -> tuple[float, int]:
+        """Gradients of the global batch in every parameter's .grad; returns (loss, counted
+        tokens)."""
+        batches = self._deal(step)
+        mine = torch.stack([(labels != IGNORED).sum() for _, labels, _ in batches]).sum()
+        tokens = int(self.mesh.replica.all_reduce(mine))
+        actions = accumulation(len(batches))[self.mesh.pp.rank]
+        loss_sum = self.stage.run(actions, batches, max(tokens, 1))
+        loss = self.mesh.replica.all_reduce(loss_sum) / max(tokens, 1)
+        return float(loss), tokens
+
+    def update(self, step: int) -> float:
+        """Clip, step the optimizer, publish the weights; returns the gradient norm before
+        clipping."""
+        norm = optim.clip(self.parameters, self.cfg.clip, self.mesh.world, self.mesh.axes)
+        optim.set_learning_rate(self.optimizer, optim.learning_rate(step, self.cfg))
+        self.masters.take_gradients()
+        self.optimizer.step()
+        self.masters.publish()
+        return float(norm)
+
+    def _deal(self, step: int) -> list[tuple]:
+        """This rank's micro-batches of global batch `step`: a contiguous run of its rows."""
+        size = self.cfg.micro_batch_size
+        first = self.mesh.replica.rank * self.microbatches * size
+        rows = range(first, first + self.microbatches * size, size)
+        return [self._to_model(self.batches.micro_batch(step, row, size), step) for row in rows]
+
+    def _to_model(self, batch: data.MicroBatch, step: int) -> tuple[Tensor, Tensor, Where]:
+        positions_T = torch.arange(batch.tokens_BT.shape[1], device=self.device)
+        where = Where(positions_T, batch.rows_B.to(self.device), step, self.cfg.seed)
+        return batch.tokens_BT.to(self.device), batch.labels_BT.to(self.device), where
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        peak = hardware.peak_flops(hardware.device_name(self.device), self.parameters[0].dtype)
+        flops = cost.flops_per_token(self.model_cfg, self.cfg.sequence_length)
+        return cost.model_flops_utilisation(tokens_per_second, flops, peak, self.mesh.world.size)
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean token loss over all held-out text."""
+        replica, size = self.mesh.replica, self.cfg.micro_batch_size
+        held_out = data.Evaluation(self.held_out, self.cfg.sequence_length, size * replica.size)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.model.eval()
+        for i in range(len(held_out)):
+            batch = self._to_model(held_out.micro_batch(i, replica.rank * size, size), 0)
+            sums[0] += self.model(*batch)
+            sums[1] += (batch[1] != IGNORED).sum()
+        self.model.train()
+        loss_sum, tokens = replica.all_reduce(sums).tolist()
+        return loss_sum / tokens
+
+    # ---- a whole run
+
+    def fit(self) -> Iterator[dict[str, Any]]:
+        """Train to the last step; gives the metrics of each step."""
+        cfg = self.cfg
+        for step in range(self.first_step, cfg.steps):
+            metrics = self.train_step(step)
+            done = step + 1
+            if len(self.held_out) and is_due(done, cfg.validate_every, cfg.steps):
+                metrics["validation_loss"] = self.validate()
+            yield metrics  # logged before the checkpoint, so that no saved step lacks its line
+            if cfg.save_dir and is_due(done, cfg.save_every, cfg.steps):
+                state.save(self, done)
+
+
+def is_due(done: int, every: int, steps: int) -> bool:
+    """Whether something that happens every so many steps, and after the last one, happens now."""
+    return done == steps or (every > 0 and done % every == 0)

@@ -1,0 +1,249 @@
+"""The command line: parses, then calls.
+
+python run.py                                        train the tiny model on this machine's
+                                                     Python library
+python run.py --ranks 4                              the same with 4 data-parallel ranks as
+threads torchrun --nproc-per-node 4 run.py --dp 4            the same with 4 processes, one per
+GPU if there are any python run.py verify                                 every technique
+against one device
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from picotron_lab import checkpoint, config, state
+from picotron_lab.comm import connect
+from picotron_lab.config import ConfigError, MeshConfig, ModelConfig, TrainConfig
+from picotron_lab.diagnose import TrainingError
+from picotron_lab.lab import run_ranks
+from picotron_lab.ledger import CommError
+from picotron_lab.session import train
+from picotron_lab.verify import verify
+
+COMMANDS = ("train", "verify", "export", "import")
+SEVERAL_NODES = """
+several machines: start this on every node (NODES machines of 8 GPUs; HEAD is the first one's name)
+  torchrun --nnodes NODES --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HEAD:29500 \\
+      run.py --model llama3-8b --dp $((NODES * 8))
+
+the same as a SLURM job: save as job.sh, then sbatch job.sh
+  #!/bin/bash
+  #SBATCH --nodes 4 --ntasks-per-node 1 --gpus-per-node 8
+  HEAD=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1)
+  srun torchrun --nnodes $SLURM_NNODES --nproc-per-node 8 --rdzv-backend c10d \\
+      --rdzv-id $SLURM_JOB_ID --rdzv-endpoint $HEAD:29500 \\
+      run.py --dp 32 --save-dir runs/job --save-every 500 --resume
+"""
+MODEL_OPTIONS = {
+    "--vocab-size": (int, "entries of the vocabulary (default: the tokenizer's, rounded up to 64)"),
+    "--hidden-size": (int, "width of the residual stream"),
+    "--layers": (int, "transformer blocks"),
+    "--heads": (int, "query heads"),
+    "--kv-heads": (int, "key and value heads"),
+    "--ffn-size": (int, "width inside the MLP"),
+    "--experts": (int, "experts per layer, 0 for a dense model"),
+    "--top-k": (int, "experts that each token is sent to"),
+}
+TRAIN_OPTIONS = {
+    "--global-batch-size": (int, "sequences per optimizer step, over all ranks"),
+    "--micro-batch-size": (int, "sequences that one rank computes at a time"),
+    "--sequence-length": (int, "tokens per sequence"),
+    "--steps": (int, "optimizer steps, counted from the start of the run, not of a resumed part"),
+    "--optimizer": (str, "adamw or sgd"),
+    "--lr": (float, "highest learning rate"),
+    "--min-lr": (float, "learning rate of the last step"),
+    "--warmup-steps": (int, "steps until the highest learning rate"),
+    "--weight-decay": (float, "of matrices; norm weights do not decay"),
+    "--clip": (float, "largest gradient norm, 0 for no limit"),
+    "--dropout": (float, "share of the residual stream's updates that is zeroed"),
+    "--dtype": (str, "float32, bfloat16 (with float32 master weights and gradients) or float64"),
+    "--reduce-dtype": (str, "dtype of gradients on the wire (default: as they are accumulated)"),
+    "--impl": (str, "plain (to be read) or fused (to be fast)"),
+    "--dp-step": (str, "data parallelism: naive, overlapped, bucketed or silent"),
+    "--bucket-mib": (float, "size of a gradient bucket in MiB"),
+    "--seed": (int, "decides weights, order of the data and dropout"),
+    "--data": (str, "text file, folder, or .npy token file (default: Python's standard library)"),
+    "--tokenizer": (str, "bytes, bpe:N (trained here) or a tokenizer.json"),
+    "--cache-dir": (str, "where tokens are kept between runs"),
+    "--validation-fraction": (float, "share of the text that is held out"),
+    "--validate-every": (int, "steps between validations, 0 for the end only"),
+    "--save-dir": (str, "folder of the checkpoints"),
+    "--save-every": (int, "steps between checkpoints, 0 for the end only"),
+    "--log-file": (str, "metrics, one JSON line per step (default: beside the checkpoints)"),
+    "--sample-tokens": (int, "tokens that the trained model writes at the end"),
+    "--timeout": (float, "seconds after which a lost or stuck rank ends the run"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one sentence."""
+
+    def error(self, message: str) -> None:
+        """Raise ConfigError, with the option that was probably meant."""
+        wrong = message.removeprefix("unrecognized arguments: ").split()[0]
+        known = [option for action in self._actions for option in action.option_strings]
+        close = difflib.get_close_matches(wrong, known, 1)
+        hint = f"did you mean {close[0]}?" if close else "see --help."
+        raise ConfigError(f"{message}; {hint}")
+
+
+def train_parser() -> Parser:
+    """All options of `run.py train`; those not given stay absent, so that a checkpoint can
+    decide."""
+    parser = Parser(
+        "run.py [train]", description="Train a Llama on any number of ranks.", epilog=SEVERAL_NODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )  # fmt: skip
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", help=f"one of {', '.join(config.PRESETS)} (default: tiny)")
+    model.add_argument("--config", metavar="FILE.json", help="a model of your own")
+    model.add_argument("--tied", action="store_true", help="output layer shares the embedding")
+    for option, (kind, text) in MODEL_OPTIONS.items():
+        model.add_argument(option, type=kind, help=text, metavar="N")
+    mesh = parser.add_argument_group("mesh")
+    mesh.add_argument("--dp", type=int, metavar="N", help="data-parallel ranks (default: all)")
+    mesh.add_argument("--ranks", type=int, metavar="N", help="N ranks as threads of this process")
+    training = parser.add_argument_group("training")
+    defaults = TrainConfig()
+    for option, (kind, text) in TRAIN_OPTIONS.items():
+        default = getattr(defaults, option[2:].replace("-", "_"))
+        shown = "" if default in (None, "", 0) else f" (default: {default})"
+        training.add_argument(option, type=kind, help=text + shown, metavar=kind.__name__.upper())
+    training.add_argument(
+        "--resume", nargs="?", const="latest", metavar="CHECKPOINT",
+        help="go on from a checkpoint (default: the newest one in --save-dir, if there is any)",
+    )  # fmt: skip
+    return parser
+
+
+def find_checkpoint(given: dict) -> checkpoint.Manifest | None:
+    """The checkpoint to resume from; refuses a folder that already holds another run."""
+    if "resume" in given and given["resume"] != "latest":
+        return checkpoint.read_manifest(Path(given["resume"]))
+    folder = given.get("save_dir")
+    newest = checkpoint.latest(Path(folder)) if folder else None
+    if newest and "resume" not in given:
+        raise ConfigError(
+            f"--save-dir {folder} already holds {newest.name}: add --resume to go on from it, or "
+            f"choose another folder, such as --save-dir {folder}-2."
+        )
+    return checkpoint.read_manifest(newest) if newest else None
+
+
+def choose(kind: type, given: dict, base: object) -> object:
+    """`base` with the fields of `kind` that were given on the command line."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return dataclasses.replace(base, **{k: v for k, v in given.items() if k in names})
+
+
+def choose_model(given: dict, manifest: checkpoint.Manifest | None) -> ModelConfig:
+    """The model: preset, file or checkpoint, changed by single options."""
+    name = given.get("model", "tiny")
+    if name not in config.PRESETS:
+        raise ConfigError(f"--model {name} is not one of {', '.join(config.PRESETS)}.")
+    base = config.model_from_file(given["config"]) if "config" in given else config.PRESETS[name]
+    if manifest and not {"model", "config"} & set(given):
+        base = ModelConfig(**manifest.meta["model"])
+    return choose(ModelConfig, given, base)
+
+
+def choose_log_file(cfg: TrainConfig, resumed: bool) -> TrainConfig:
+    """Where metrics go, unless the user said so."""
+    if cfg.log_file is None:
+        folder = Path(cfg.save_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+        return dataclasses.replace(cfg, log_file=str(folder / "metrics.jsonl"))
+    if Path(cfg.log_file).exists() and not resumed:
+        raise ConfigError(
+            f"--log-file {cfg.log_file} already exists, and a new run would overwrite it: choose "
+            "another name, or move the file away."
+        )
+    return cfg
+
+
+def run_train(arguments: list[str]) -> None:
+    """run.py [train]: check everything first, then start the ranks."""
+    given = vars(train_parser().parse_args(arguments))
+    manifest = find_checkpoint(given)
+    base = TrainConfig()
+    if manifest:
+        base = TrainConfig(**{**manifest.meta["train"], "resume": None, "log_file": None})
+    cfg = choose_log_file(choose(TrainConfig, given, base), manifest is not None)
+    model_cfg = choose_model(given, manifest)
+    threads = given.get("ranks")
+    config.check_ranks(threads)
+    ranks = threads or int(os.environ.get("WORLD_SIZE", "1"))
+    mesh_cfg = MeshConfig(dp=given.get("dp", ranks))
+    mesh_cfg.check_world(ranks)
+    cfg.micro_batches(mesh_cfg.dp)
+    if manifest and manifest.step >= cfg.steps:
+        raise ConfigError(
+            f"--steps {cfg.steps} is already reached by {manifest.path.name}; try --steps "
+            f"{manifest.step + 100}."
+        )
+    if threads:
+        run_ranks(lambda world: train(model_cfg, mesh_cfg, cfg, world, manifest), threads)
+        return
+    with connect(cfg.timeout) as world:
+        train(model_cfg, mesh_cfg, cfg, world, manifest)
+
+
+def run_verify(arguments: list[str]) -> int:
+    """run.py verify: exit code 0 if every row equals one device."""
+    parser = Parser("run.py verify", description="Compare every technique with one device.")
+    parser.add_argument("--json", action="store_true", help="rows as JSON")
+    as_json = parser.parse_args(arguments).json
+    rows = verify(show=(lambda line: None) if as_json else print)
+    if as_json:
+        print(json.dumps([row.as_dict() for row in rows], indent=1))
+    return 0 if all(row.good for row in rows) else 1
+
+
+def run_export(arguments: list[str]) -> None:
+    """run.py export: a checkpoint becomes a Hugging Face Llama folder."""
+    parser = Parser("run.py export", description=run_export.__doc__)
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint, or a folder of them")
+    parser.add_argument("--hf", required=True, metavar="DIR", help="the folder to write")
+    args = parser.parse_args(arguments)
+    state.export_checkpoint(Path(args.checkpoint), Path(args.hf))
+    print(f"wrote {args.hf}")
+
+
+def run_import(arguments: list[str]) -> None:
+    """run.py import: a Hugging Face Llama folder becomes a checkpoint to train from."""
+    parser = Parser("run.py import", description=run_import.__doc__)
+    parser.add_argument("--hf", required=True, metavar="DIR", help="a Hugging Face Llama folder")
+    parser.add_argument("--save-dir", required=True, help="a new folder for the checkpoint")
+    args = parser.parse_args(arguments)
+    path = state.import_folder(Path(args.hf), Path(args.save_dir))
+    print(f"wrote {path}; go on with: python run.py --save-dir {args.save_dir} --resume")
+
+
+def main(arguments: list[str]) -> int:
+    """Call the command; turn what the user can mend into a sentence and an exit code."""
+    command = arguments[0] if arguments and arguments[0] in COMMANDS else "train"
+    rest = arguments[1:] if arguments and arguments[0] in COMMANDS else arguments
+    run = {"train": run_train, "verify": run_verify, "export": run_export, "import": run_import}
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        return run[command](rest) or 0
+    except ConfigError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (CommError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
