@@ -1,0 +1,17 @@
+"""Settings that must hold before any test module is imported, and what many tests share."""
+
+import os
+
+import pytest
+import torch
+
+# Triton decides when a kernel is decorated, that is when its module is imported, whether the
+# kernel will be compiled for a GPU or interpreted on CPU tensors. Without a GPU: interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def device() -> str:
+    """The GPU where there is one, so that one test covers both machines."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,76 @@
+"""Every wrong option gives one sentence that names option, value, rule and a value that works."""
+
+import json
+
+import pytest
+
+from picotron_lab.config import ConfigError, MeshConfig, ModelConfig, TrainConfig, model_from_file
+
+WRONG = {
+    "--kv-heads 3 must divide --heads 4": lambda: ModelConfig(heads=4, kv_heads=3),
+    "--heads 3 must divide --hidden-size 128; try --hidden-size 129": lambda: ModelConfig(
+        heads=3, kv_heads=1
+    ),
+    "--heads 4 makes heads 3 wide": lambda: ModelConfig(hidden_size=12, heads=4, kv_heads=1),
+    "--layers 0 must be at least 1": lambda: ModelConfig(layers=0),
+    "--vocab-size -1 must not be negative": lambda: ModelConfig(vocab_size=-1),
+    "--top-k 5 must be between 1 and --experts 4": lambda: ModelConfig(experts=4, top_k=5),
+    "--dp 0 must be at least 1": lambda: MeshConfig(dp=0),
+    "--ep 3 must divide --dp 4": lambda: MeshConfig(dp=4, ep=3),
+    "--dp 4 with the other axes makes a mesh of 4 ranks, but there are 2; try --dp 2": lambda: (
+        MeshConfig(dp=4).check_world(2)
+    ),
+    "but there are 3; try 2 ranks or a multiple of 2": lambda: MeshConfig(tp=2).check_world(3),
+    "--steps 0 must be at least 1": lambda: TrainConfig(steps=0),
+    "--optimizer lion is not one of adamw, sgd": lambda: TrainConfig(optimizer="lion"),
+    "--dtype float16 is not one of float32, bfloat16, float64": lambda: TrainConfig(
+        dtype="float16"
+    ),
+    "--dp-step fast is not one of naive, overlapped": lambda: TrainConfig(dp_step="fast"),
+    "--lr 0 must be above 0": lambda: TrainConfig(lr=0),
+    "--clip -1 must not be negative": lambda: TrainConfig(clip=-1),
+    "--dropout 1 must be at least 0 and below 1": lambda: TrainConfig(dropout=1),
+    "--min-lr 0.1 must not exceed --lr 0.01": lambda: TrainConfig(lr=0.01, min_lr=0.1),
+    "--save-every 5 needs a folder; add --save-dir": lambda: TrainConfig(save_every=5),
+    "--resume without a folder": lambda: TrainConfig(resume="latest"),
+    "--reduce-dtype bfloat16 needs buckets": lambda: TrainConfig(
+        reduce_dtype="bfloat16", dp_step="naive"
+    ),
+    "must be a multiple of --micro-batch-size 5 times 3 data-parallel ranks; "
+    "try --global-batch-size 30": lambda: TrainConfig(
+        global_batch_size=32, micro_batch_size=5
+    ).micro_batches(3),
+    "try --global-batch-size 8": lambda: TrainConfig(
+        global_batch_size=4, micro_batch_size=8
+    ).micro_batches(1),
+}
+
+
+@pytest.mark.parametrize("sentence", WRONG)
+def test_wrong_options_get_a_sentence(sentence):
+    with pytest.raises(ConfigError) as caught:
+        WRONG[sentence]()
+    message = str(caught.value)
+    assert sentence in message
+    assert message.endswith((".", ").")) and "\n" not in message
+
+
+def test_micro_batches():
+    assert TrainConfig(global_batch_size=24, micro_batch_size=2).micro_batches(3) == 4
+
+
+def test_model_from_file(tmp_path):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({"layers": 3, "rope_theta": 500000}))
+    assert model_from_file(str(path)).layers == 3
+    for text, sentence in [
+        ('{"layer": 3}', "only these keys: name, vocab_size"),
+        ('{"layers": "3"}', "layers '3' must be of type int"),
+        ("{", "must be a readable JSON file"),
+        ("[]", "must hold an object"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=sentence):
+            model_from_file(str(path))
+    with pytest.raises(ConfigError, match="must be a readable JSON file"):
+        model_from_file(str(tmp_path / "none.json"))

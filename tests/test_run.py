@@ -1,0 +1,294 @@
+"""The command line as users meet it: training, resuming, wrong options, killed processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import run
+from picotron_lab import checkpoint
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "--hidden-size", "16", "--heads", "2", "--kv-heads", "1", "--ffn-size", "24", "--layers", "1",
+    "--sequence-length", "8", "--global-batch-size", "12", "--micro-batch-size", "1",
+    "--warmup-steps", "2", "--sample-tokens", "4", "--validation-fraction", "0.1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("ranks meet in collectives; a ledger counts every byte. " * 20)
+    return ["--data", str(path), "--cache-dir", str(tmp_path / "cache")]
+
+
+def metrics(path):
+    """The lines of metrics.jsonl without what a clock or a meter says."""
+    drop = {"tokens_per_second", "peak_memory_bytes", "sent_bytes", "mfu"}
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in drop} for line in lines]
+
+
+def assert_same(found, expected, rel):
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for mine, other in zip(found, expected, strict=True):
+        assert mine == pytest.approx(other, rel=rel)
+
+
+def train(*options):
+    return run.main([*SMALL, *options])
+
+
+def torchrun(ranks, *options, **more):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += [*more.pop("launcher", []), "run.py", *SMALL, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+# ---- training
+
+
+def test_a_new_user_sees_metrics_and_a_sample(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train(*text, "--steps", "3") == 0
+    out = capsys.readouterr().out
+    assert "the model goes on from the held-out text" in out
+    path = out.rsplit("metrics: ", 1)[1].strip()
+    assert [line["step"] for line in metrics(path)] == [0, 1, 2]
+    assert metrics(path)[-1]["validation_loss"] > 0
+
+
+def test_threads_and_processes_print_the_same_curve(text, tmp_path):
+    options = [*text, "--steps", "6", "--dtype", "float64", "--dropout", "0.1"]
+    assert train(*options, "--log-file", str(tmp_path / "one")) == 0
+    launched = [
+        torchrun(n, *options, "--dp", str(n), "--log-file", str(tmp_path / f"processes{n}"))
+        for n in (2, 3)
+    ]
+    for n in (2, 4):
+        assert train(*options, "--ranks", str(n), "--log-file", str(tmp_path / f"threads{n}")) == 0
+    for process in launched:
+        assert process.wait(120) == 0, process.stderr.read()
+    for name in ("threads2", "threads4", "processes2", "processes3"):
+        assert_same(metrics(tmp_path / name), metrics(tmp_path / "one"), 1e-10)
+
+
+@pytest.mark.slow
+def test_four_processes_and_two_launchers(text, tmp_path):
+    """torchrun --nproc-per-node 4, and two nodes of 2 ranks each that meet on loopback."""
+    options = [*text, "--steps", "6", "--dtype", "float64", "--dp", "4"]
+    assert train(*options, "--ranks", "4", "--log-file", str(tmp_path / "one")) == 0
+    four = torchrun(4, *options, "--log-file", str(tmp_path / "four"))
+    assert four.wait(180) == 0, four.stderr.read()
+    meet = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:29741"]
+    nodes = [
+        torchrun(2, *options, "--log-file", str(tmp_path / "nodes"), launcher=meet)
+        for _ in range(2)
+    ]
+    for node in nodes:
+        assert node.wait(180) == 0, node.stderr.read()
+    for name in ("four", "nodes"):
+        assert_same(metrics(tmp_path / name), metrics(tmp_path / "one"), 1e-10)
+
+
+# ---- resuming
+
+
+def test_resume_continues_exactly(text, tmp_path):
+    """10 steps at once; 10 steps in three parts on 4 ranks, 2 ranks and one process."""
+    whole = [*text, "--steps", "10", "--dtype", "float64", "--dropout", "0.1"]
+    assert train(*whole, "--log-file", str(tmp_path / "whole")) == 0
+    saved = [*whole, "--save-dir", str(tmp_path / "saved"), "--save-every", "3"]
+    stop_after(4, [*saved, "--ranks", "4"])
+    stop_after(7, [*saved, "--ranks", "2", "--resume"])
+    assert run.main(["--save-dir", str(tmp_path / "saved"), "--resume"]) == 0  # options are kept
+    assert_same(metrics(tmp_path / "saved/metrics.jsonl"), metrics(tmp_path / "whole"), 1e-10)
+
+
+def stop_after(step, options):
+    """Interrupt training when the metrics of `step` are written, as Ctrl-C would."""
+    from picotron_lab.log import Log
+
+    class Interrupting(Log):
+        def step(self, metrics):
+            super().step(metrics)
+            if metrics["step"] == step:
+                raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("picotron_lab.session.Log", Interrupting)
+        assert train(*options) == 130
+
+
+def test_one_mesh_resumes_to_the_last_bit(text, tmp_path):
+    options = [*text, "--steps", "6", "--dtype", "bfloat16", "--ranks", "2", "--impl", "fused"]
+    assert train(*options, "--log-file", str(tmp_path / "whole")) == 0
+    saved = [*options, "--save-dir", str(tmp_path / "saved"), "--save-every", "2"]
+    stop_after(2, saved)
+    assert train(*saved, "--resume") == 0
+    assert metrics(tmp_path / "saved/metrics.jsonl") == metrics(tmp_path / "whole")
+
+
+def test_resume_with_nothing_there_starts(text, tmp_path):
+    options = [*text, "--steps", "1", "--save-dir", str(tmp_path / "new"), "--resume"]
+    assert train(*options) == 0
+    assert checkpoint.latest(tmp_path / "new").name == "step-00000001"
+
+
+# ---- losing a rank
+
+
+def children_of(pid):
+    listing = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True
+    )
+    return [int(p) for p in listing.stdout.split()]
+
+
+def wait_for(condition, seconds=90):
+    for _ in range(seconds * 20):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"nothing happened for {seconds} s")
+
+
+def test_killed_rank_ends_all_and_the_next_start_goes_on(text, tmp_path):
+    saved = tmp_path / "saved"
+    options = [*text, "--steps", "100000", "--save-dir", str(saved), "--save-every", "5"]
+    options += ["--timeout", "20"]
+    process = torchrun(3, *options)
+    wait_for(lambda: checkpoint.latest(saved) is not None)
+    os.kill(children_of(process.pid)[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "rank 1" in errors and "error: rank" in errors
+    newest = checkpoint.latest(saved)
+    done = checkpoint.read_manifest(newest).step
+    assert run.main(["--save-dir", str(saved), "--resume", "--steps", str(done + 2)]) == 0
+    steps = [line["step"] for line in metrics(saved / "metrics.jsonl")]
+    assert steps == list(range(done + 2))
+
+
+# ---- sentences
+
+
+def failing(capsys, *arguments):
+    assert run.main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_wrong_options_end_with_a_sentence_and_code_2(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    wrong = {
+        ("--stesp", "3"): "did you mean --steps?",
+        ("--steps", "many"): "invalid int value: 'many'",
+        ("--model", "huge"): "--model huge is not one of tiny, small",
+        ("--global-batch-size", "10", "--micro-batch-size", "4"): "try --global-batch-size 8",
+        ("--dp", "4"): "but there are 1",
+        ("--ranks", "2", "--dp", "3"): "but there are 2",
+        ("--ranks", "0"): "--ranks 0 must be at least 1",
+        ("--data", "nowhere.txt"): "nowhere.txt",
+        ("--data", "empty.txt"): "empty.txt",
+        ("--vocab-size", "100", *text): "--vocab-size 100",
+        ("--tokenizer", "words"): "words",
+        ("--resume",): "--resume without a folder",
+        ("--resume", "nowhere"): "nowhere",
+        ("verify", "--fast"): "--fast",
+        ("export", "--hf", "x"): "--checkpoint",
+        ("import", "--hf", "nowhere", "--save-dir", "y"): "nowhere",
+    }
+    for arguments, sentence in wrong.items():
+        assert sentence in failing(capsys, *arguments), arguments
+
+
+def test_a_run_is_never_overwritten(text, tmp_path, capsys):
+    options = [*SMALL, *text, "--steps", "2"]
+    assert run.main([*options, "--save-dir", str(tmp_path / "a")]) == 0
+    assert run.main([*options, "--log-file", str(tmp_path / "log")]) == 0
+    capsys.readouterr()
+    sentence = failing(capsys, *options, "--save-dir", str(tmp_path / "a"))
+    assert "already holds step-00000002: add --resume" in sentence
+    assert "already exists" in failing(capsys, *options, "--log-file", str(tmp_path / "log"))
+    again = failing(capsys, "--save-dir", str(tmp_path / "a"), "--resume")
+    assert "--steps 2 is already reached" in again
+
+
+def test_damaged_checkpoint_is_refused_and_a_good_one_offered(text, tmp_path, capsys):
+    saved = tmp_path / "a"
+    options = [*SMALL, *text, "--steps", "4", "--save-every", "2", "--save-dir", str(saved)]
+    assert run.main(options) == 0
+    capsys.readouterr()
+    damaged = next((saved / "step-00000004").glob("*.safetensors"))
+    contents = bytearray(damaged.read_bytes())
+    contents[-7] ^= 1
+    damaged.write_bytes(contents)
+    sentence = failing(capsys, "--save-dir", str(saved), "--resume", "--steps", "9")
+    assert damaged.name in sentence and "step-00000002" in sentence
+    damaged.unlink()
+    assert damaged.name in failing(capsys, "--save-dir", str(saved), "--resume", "--steps", "9")
+    good = str(saved / "step-00000002")
+    assert run.main(["--resume", good, "--steps", "3", "--save-dir", str(tmp_path / "b")]) == 0
+
+
+def test_wrong_option_under_torchrun_is_said_once(text):
+    process = torchrun(2, *text, "--dp", "3")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert errors.count("error: --dp 3") == 1
+
+
+def test_sentence_without_traceback_from_the_shell(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "run.py", "--stesp", "3"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr == "error: unrecognized arguments: --stesp 3; did you mean --steps?\n"
+
+
+def test_help_shows_a_slurm_job():
+    done = subprocess.run(
+        [sys.executable, "run.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "#SBATCH" in done.stdout and "--nnodes" in done.stdout
+
+
+# ---- Hugging Face
+
+
+def test_export_and_import_round_trip(text, tmp_path):
+    saved, folder, back = (str(tmp_path / name) for name in ("saved", "hf", "back"))
+    assert train(*text, "--steps", "2", "--save-dir", saved) == 0
+    assert run.main(["export", "--checkpoint", saved, "--hf", folder]) == 0
+    assert run.main(["import", "--hf", folder, "--save-dir", back]) == 0
+    options = [*text, "--steps", "2", "--sequence-length", "8", "--sample-tokens", "0"]
+    assert run.main([*options, "--save-dir", back, "--resume"]) == 0
+    first = metrics(Path(back) / "metrics.jsonl")[0]["loss"]
+    before = metrics(Path(saved) / "metrics.jsonl")[0]["loss"]
+    assert first < before, "the imported model has learned something already"
+
+
+# ---- verify
+
+
+@pytest.mark.slow
+def test_verify_prints_a_table_and_json(capsys):
+    assert run.main(["verify"]) == 0
+    assert capsys.readouterr().out.count("\nok ") >= 20
+    assert run.main(["verify", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert all(row["good"] and row["deviation"] <= row["limit"] for row in rows)
