@@ -155,20 +155,22 @@ def children_of(pid):
     return [int(p) for p in listing.stdout.split()]
 
 
-def wait_for(condition, seconds=90):
-    for _ in range(seconds * 20):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"nothing happened for {seconds} s")
+def wait_for(condition, seconds=90, pause=0.05):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"nothing happened for {seconds} s"
+        time.sleep(pause)
 
 
-def test_killed_rank_ends_all_and_the_next_start_goes_on(text, tmp_path):
-    saved = tmp_path / "saved"
-    options = [*text, "--steps", "100000", "--save-dir", str(saved), "--save-every", "5"]
+@pytest.mark.parametrize("moment", ["training", pytest.param("saving", marks=pytest.mark.slow)])
+def test_killed_rank_ends_all_and_the_next_start_goes_on(text, tmp_path, moment):
+    saved, every = tmp_path / "saved", {"training": "5", "saving": "1"}[moment]
+    options = [*text, "--steps", "100000", "--save-dir", str(saved), "--save-every", every]
     options += ["--timeout", "20"]
     process = torchrun(3, *options)
     wait_for(lambda: checkpoint.latest(saved) is not None)
+    if moment == "saving":
+        wait_for(lambda: list(saved.glob("*.partial")), pause=0.0)
     os.kill(children_of(process.pid)[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0

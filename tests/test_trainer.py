@@ -165,8 +165,25 @@ def test_dropout_masks_do_not_depend_on_the_mesh(base):
     assert_equal(run_ranks(on_ranks, 3, MODEL, cfg, 3)[2], whole, 1e-10, "dropout")
 
 
-def test_a_batch_without_counted_labels_changes_nothing(base, tmp_path):
-    """2 tokens: one window with one label; most micro-batches hold only ignored positions."""
+def test_ranks_without_counted_labels(base, monkeypatch):
+    """Rows 4 and later count no label, row 1 only three: ranks 2 and 3 of 4 add nothing."""
+    original = data.Batches.micro_batch
+
+    def masked(self, *where):
+        batch = original(self, *where)
+        batch.labels_BT[batch.rows_B >= 4] = -100
+        batch.labels_BT[batch.rows_B == 1, 3:] = -100
+        return batch
+
+    monkeypatch.setattr(data.Batches, "micro_batch", masked)
+    expected = one_device(MODEL, base, 3)
+    for impl in ("plain", "fused"):
+        cfg = dataclasses.replace(base, micro_batch_size=1, impl=impl)
+        assert_equal(run_ranks(on_ranks, 4, MODEL, cfg, 3)[3], expected, 1e-10, impl)
+
+
+def test_a_text_of_one_label(base, tmp_path):
+    """2 tokens: one window with one counted label, seen by every row of every batch."""
     np.save(tmp_path / "two.npy", np.array([3, 5], dtype=np.uint16))
     cfg = dataclasses.replace(base, data=str(tmp_path / "two.npy"), micro_batch_size=1)
     expected = one_device(MODEL, cfg, 2)
