@@ -62,7 +62,7 @@ TRAIN_OPTIONS = {
     "--weight-decay": (float, "of matrices; norm weights do not decay"),
     "--clip": (float, "largest gradient norm, 0 for no limit"),
     "--dropout": (float, "share of the residual stream's updates that is zeroed"),
-    "--dtype": (str, "float32, bfloat16 (with float32 master weights and gradients) or float64"),
+    "--dtype": (str, "float32, float64, or bfloat16 with float32 masters (slow on most CPUs)"),
     "--reduce-dtype": (str, "dtype of gradients on the wire (default: as they are accumulated)"),
     "--impl": (str, "plain (to be read) or fused (to be fast)"),
     "--dp-step": (str, "data parallelism: naive, overlapped, bucketed or silent"),

@@ -51,10 +51,8 @@ def _require(holds: bool, sentence: str) -> None:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds.
-
-    tensors  {name: {"shape": full shape, "dtype": "float32", "pieces": [[file, key, slices]]}}
-    files    {name: [bytes, sha256]}
+    """What a checkpoint holds, with files as {name: [bytes, sha256]} and tensors as
+    {name: {"shape": full shape, "dtype": "float32", "pieces": [[file, key, slices]]}}.
     """
 
     path: Path

@@ -274,17 +274,16 @@ def contract(step: str, parameters: int, tensors: int, buckets: int, microbatche
 
 def main() -> None:
     """The four steps on 4 threads, each printing its contract: formula, predicted, measured."""
-    tensors, side, microbatches, ranks = 6, 10, 3, 4
-    size = tensors * side * side
-    print(
-        f"{tensors} matrices, Ψ = {size}, {ranks} ranks, {microbatches} micro-batches, 2 per bucket"
-    )
-    print(f"{'step':11} {'calls':>9} {'measured':>9} {'payload bytes':>15} {'measured':>9}")
+    tensors, side, m, ranks = 6, 10, 3, 4
+    size, buckets = tensors * side * side, tensors // 2
+    print(f"{tensors} matrices, Ψ = {size}, {buckets} buckets, {ranks} ranks, m = {m}")
+    print(f"{'step':11} calls: predicted measured   payload: formula predicted measured  (bytes)")
     for step in ("naive", "overlapped", "bucketed", "silent"):
-        calls, payload = contract(step, size, tensors, tensors // 2, microbatches)
-        ledger = run_ranks(_demo, ranks, step, tensors, side, microbatches)[0]
-        measured = len(ledger.calls), ledger.bytes()
-        print(f"{step:11} {calls:9} {measured[0]:9} {payload:15} {measured[1]:9}")
+        calls, payload = contract(step, size, tensors, buckets, m)
+        formula = "4Ψ" if payload == 4 * size else "m 4Ψ"
+        ledger = run_ranks(_demo, ranks, step, tensors, side, m)[0]
+        print(f"{step:11} {calls:16} {len(ledger.calls):8}", end="")
+        print(f" {formula:>18} {payload:9} {ledger.bytes():8}")
 
 
 def _demo(axis: Axis, step: str, tensors: int, side: int, microbatches: int) -> Ledger:

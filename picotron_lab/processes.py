@@ -123,7 +123,7 @@ def _wait(ranks: list, timeout: float) -> None:
     while alive := [process for process in ranks if process.is_alive()]:
         if any((process.exitcode or 0) > 0 for process in ranks):
             # a rank that ended with an error has asked the others to end
-            deadline = min(deadline, time.monotonic() + 2 * GRACE)
+            deadline = min(deadline, time.monotonic() + 1.5 * GRACE)
         left = deadline - time.monotonic()
         if left <= 0:
             return
