@@ -10,6 +10,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Tests compute little: sharing it out among threads costs more than it saves.
+torch.set_num_threads(1)
+
 
 @pytest.fixture
 def device() -> str:
