@@ -1,11 +1,9 @@
 """The command line: parses, then calls.
 
-python run.py                                        train the tiny model on this machine's
-                                                     Python library
-python run.py --ranks 4                              the same with 4 data-parallel ranks as
-threads torchrun --nproc-per-node 4 run.py --dp 4            the same with 4 processes, one per
-GPU if there are any python run.py verify                                 every technique
-against one device
+python run.py                                train a tiny model on this Python's own library
+python run.py --ranks 4                      the same with 4 data-parallel ranks as threads
+torchrun --nproc-per-node 4 run.py --dp 4    the same with 4 processes, one per GPU if any
+python run.py verify                         every technique beside one device
 """
 
 import argparse
@@ -86,8 +84,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Raise ConfigError, with the option that was probably meant."""
-        wrong = message.removeprefix("unrecognized arguments: ").split()[0]
+        wrong = (message.removeprefix("unrecognized arguments: ").split() or [""])[0]
         known = [option for action in self._actions for option in action.option_strings]
+        known += COMMANDS
         close = difflib.get_close_matches(wrong, known, 1)
         hint = f"did you mean {close[0]}?" if close else "see --help."
         raise ConfigError(f"{message}; {hint}")
@@ -150,45 +149,70 @@ def choose_model(given: dict, manifest: checkpoint.Manifest | None) -> ModelConf
         raise ConfigError(f"--model {name} is not one of {', '.join(config.PRESETS)}.")
     base = config.model_from_file(given["config"]) if "config" in given else config.PRESETS[name]
     if manifest and not {"model", "config"} & set(given):
-        base = ModelConfig(**manifest.meta["model"])
-    return choose(ModelConfig, given, base)
+        base = state.model_of(manifest)
+    model_cfg = choose(ModelConfig, given, base)
+    if manifest and not model_cfg.vocab_size:
+        vocab_size = state.model_of(manifest).vocab_size
+        model_cfg = dataclasses.replace(model_cfg, vocab_size=vocab_size)
+    return model_cfg
 
 
-def choose_log_file(cfg: TrainConfig, resumed: bool) -> TrainConfig:
-    """Where metrics go, unless the user said so."""
+def choose_files(cfg: TrainConfig, resumed: bool) -> TrainConfig:
+    """Where metrics go, unless the user said so; every folder can be written to."""
     if cfg.log_file is None:
-        folder = Path(cfg.save_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-        return dataclasses.replace(cfg, log_file=str(folder / "metrics.jsonl"))
-    if Path(cfg.log_file).exists() and not resumed:
+        name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        cfg = dataclasses.replace(cfg, log_file=f"{cfg.save_dir or name}/metrics.jsonl")
+    elif Path(cfg.log_file).exists() and not resumed:
         raise ConfigError(
             f"--log-file {cfg.log_file} already exists, and a new run would overwrite it: choose "
             "another name, or move the file away."
         )
+    folders = {"--save-dir": cfg.save_dir, "--cache-dir": cfg.cache_dir}
+    folders["--log-file"] = Path(cfg.log_file).parent
+    for option, folder in folders.items():
+        try:
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror.lower()
+            raise ConfigError(
+                f"{option} needs a folder that can be written to, and {folder} is none ({reason}); "
+                f"try {option} runs/mine."
+            ) from None
     return cfg
+
+
+def choose_ranks(given: dict) -> tuple[int, MeshConfig]:
+    """How many ranks there are, and their mesh."""
+    config.check_ranks(given.get("ranks"), launched="RANK" in os.environ)
+    ranks = given.get("ranks") or int(os.environ.get("WORLD_SIZE", "1"))
+    mesh_cfg = MeshConfig(dp=given.get("dp", ranks))
+    mesh_cfg.check_world(ranks)
+    return ranks, mesh_cfg
+
+
+def choose_options(given: dict, manifest: checkpoint.Manifest | None) -> TrainConfig:
+    """Defaults, or the options of the run to go on with, changed by those given."""
+    if manifest is None:
+        return choose(TrainConfig, given, TrainConfig())
+    tokenizer = state.choose_tokenizer(manifest, given.get("tokenizer"))
+    return choose(TrainConfig, {**given, **tokenizer}, state.options_of(manifest))
 
 
 def run_train(arguments: list[str]) -> None:
     """run.py [train]: check everything first, then start the ranks."""
     given = vars(train_parser().parse_args(arguments))
+    config.check_not_empty(given)
     manifest = find_checkpoint(given)
-    base = TrainConfig()
-    if manifest:
-        base = TrainConfig(**{**manifest.meta["train"], "resume": None, "log_file": None})
-    cfg = choose_log_file(choose(TrainConfig, given, base), manifest is not None)
+    cfg = choose_options(given, manifest)
     model_cfg = choose_model(given, manifest)
-    threads = given.get("ranks")
-    config.check_ranks(threads)
-    ranks = threads or int(os.environ.get("WORLD_SIZE", "1"))
-    mesh_cfg = MeshConfig(dp=given.get("dp", ranks))
-    mesh_cfg.check_world(ranks)
+    ranks, mesh_cfg = choose_ranks(given)
     cfg.micro_batches(mesh_cfg.dp)
-    if manifest and manifest.step >= cfg.steps:
-        raise ConfigError(
-            f"--steps {cfg.steps} is already reached by {manifest.path.name}; try --steps "
-            f"{manifest.step + 100}."
-        )
-    if threads:
-        run_ranks(lambda world: train(model_cfg, mesh_cfg, cfg, world, manifest), threads)
+    if manifest:
+        state.check_resume(manifest, model_cfg, cfg)
+    cfg = choose_files(cfg, manifest is not None)
+    if "ranks" in given:
+        run_ranks(lambda world: train(model_cfg, mesh_cfg, cfg, world, manifest), ranks)
         return
     with connect(cfg.timeout) as world:
         train(model_cfg, mesh_cfg, cfg, world, manifest)
@@ -222,7 +246,7 @@ def run_import(arguments: list[str]) -> None:
     parser.add_argument("--save-dir", required=True, help="a new folder for the checkpoint")
     args = parser.parse_args(arguments)
     path = state.import_folder(Path(args.hf), Path(args.save_dir))
-    print(f"wrote {path}; go on with: python run.py --save-dir {args.save_dir} --resume")
+    print(f"wrote {path}; go on with: python run.py --save-dir {args.save_dir} --resume --data ...")
 
 
 def main(arguments: list[str]) -> int:
@@ -240,6 +264,9 @@ def main(arguments: list[str]) -> int:
     except (CommError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

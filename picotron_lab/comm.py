@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -328,7 +329,7 @@ def connect(timeout: float) -> Iterator[Axis]:
             yield Axis("world", range(size), rank, world, Ledger())
         heartbeat.finish()
     except BaseException as error:
-        heartbeat.abort(f"rank {rank} ended with {error!r}.")
+        heartbeat.fail(error)
         raise
     dist.destroy_process_group()
     heartbeat.leave()
@@ -339,7 +340,7 @@ def _join(rank: int, size: int, timeout: float) -> tuple[Heartbeat, Any]:
     limit, gloo = timedelta(seconds=timeout), not torch.cuda.is_available()
     if not gloo:
         _choose_gpu()
-    store, *_ = next(dist.rendezvous("env://", timeout=limit))
+    store, *_ = next(dist.rendezvous(os.environ.get("MEETING_POINT", "env://"), timeout=limit))
     # a store may outlive a connect() and a restart by torchrun: old keys must not be found
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     attempt = f"{restart}/{store.add(f'{restart}/{rank}', 1)}"
@@ -373,21 +374,14 @@ def ranks_per_node() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-# ---- what a launcher needs
+def become_rank(rank: int, size: int, meeting_point: Path) -> None:
+    """Make this process rank `rank` of `size` on this machine, as torchrun would, without GPUs.
 
-
-def host_store() -> Any:
-    """A key-value store for the ranks of this machine, on a free port, while it is kept."""
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-
-
-def become_rank(rank: int, size: int, port: int) -> None:
-    """Make this process rank `rank` of `size`, as torchrun would, without GPUs.
-
-    port  where the store of `host_store` listens
+    meeting_point  a new file, in place of torchrun's store on a port: ports can clash, and torch
+                   asks the name server about every connection, which may take seconds
     """
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
+        MEETING_POINT=f"file://{meeting_point}?rank={rank}&world_size={size}",
         CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip

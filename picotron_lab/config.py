@@ -1,5 +1,4 @@
-"""What a user may ask for: model, mesh and training, each a frozen dataclass, and every check of
-it.
+"""What a user may ask for: model, mesh and training, each a frozen dataclass, with its checks.
 
 Rules   A check that fails raises ConfigError with one sentence: option, value, rule, a value that
         works. All checks of options live here; data.py and checkpoint.py check what they find in
@@ -27,14 +26,28 @@ def _require(holds: bool, sentence: str) -> None:
         raise ConfigError(sentence)
 
 
-def _require_positive(config: object, **options: str) -> None:
-    """Every named field must be at least 1."""
-    for field, option in options.items():
-        value = getattr(config, field)
-        _require(value >= 1, f"{option} {value} must be at least 1; try {option} 1.")
+def _option(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def _require_ranges(config: object, ranges: dict[str, tuple[float, float, float]]) -> None:
+    """Every field must lie in its range (smallest, largest, a value that works)."""
+    for field, (low, high, example) in ranges.items():
+        value, option = getattr(config, field), _option(field)
+        _require(
+            low <= value <= high,  # also false for NaN
+            f"{option} {value:g} must lie between {low:g} and {high:g}; try {option} {example:g}.",
+        )
 
 
 # ---- the model
+
+MODEL_RANGES = {
+    "vocab_size": (0, 2**24, 0), "hidden_size": (1, 2**18, 128), "layers": (1, 10_000, 4),
+    "heads": (1, 2**14, 4), "kv_heads": (1, 2**14, 2), "ffn_size": (1, 2**20, 352),
+    "experts": (0, 2**14, 0), "top_k": (1, 2**14, 2), "rope_theta": (1, 1e12, 1e4),
+    "norm_eps": (1e-12, 1, 1e-5), "head_size": (0, 2**14, 0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,14 +69,7 @@ class ModelConfig:
     head_size: int = 0  # 0: hidden_size / heads
 
     def __post_init__(self) -> None:
-        _require_positive(
-            self, hidden_size="--hidden-size", layers="--layers", heads="--heads",
-            kv_heads="--kv-heads", ffn_size="--ffn-size",
-        )  # fmt: skip
-        _require(
-            self.vocab_size >= 0,
-            f"--vocab-size {self.vocab_size} must not be negative; 0 takes the tokenizer's own.",
-        )
+        _require_ranges(self, MODEL_RANGES)
         _require(
             self.heads % self.kv_heads == 0,
             f"--kv-heads {self.kv_heads} must divide --heads {self.heads}; try --kv-heads 1.",
@@ -73,10 +79,12 @@ class ModelConfig:
             f"--heads {self.heads} must divide --hidden-size {self.hidden_size}; "
             f"try --hidden-size {-(-self.hidden_size // self.heads) * self.heads}.",
         )
+        size = self.heads * (self.head_width + 1)
+        advice = f"head_size {self.head_size + 1}" if self.head_size else f"--hidden-size {size}"
         _require(
             self.head_width % 2 == 0,
             f"--heads {self.heads} makes heads {self.head_width} wide, and rotary positions need "
-            f"an even width; try --hidden-size {self.heads * (self.head_width + 1)}.",
+            f"an even width; try {advice}.",
         )
         _require(
             self.experts == 0 or 1 <= self.top_k <= self.experts,
@@ -118,7 +126,7 @@ def model_from_file(path: str) -> ModelConfig:
         f"--config {path} must hold an object with only these keys: {', '.join(known)}.",
     )
     for key, value in fields.items():
-        good = isinstance(value, known[key]) or (known[key] is float and isinstance(value, int))
+        good = type(value) is known[key] or (known[key] is float and type(value) is int)
         _require(good, f"--config {path}: {key} {value!r} must be of type {known[key].__name__}.")
     return ModelConfig(**fields)
 
@@ -137,7 +145,7 @@ class MeshConfig:
     ep: int = 1
 
     def __post_init__(self) -> None:
-        _require_positive(self, pp="--pp", dp="--dp", cp="--cp", tp="--tp", ep="--ep")
+        _require_ranges(self, dict.fromkeys(("pp", "dp", "cp", "tp", "ep"), (1, 2**20, 1)))
         _require(
             self.dp * self.cp % self.ep == 0,
             f"--ep {self.ep} must divide --dp {self.dp} times --cp {self.cp}; try --ep 1.",
@@ -164,13 +172,34 @@ class MeshConfig:
         )
 
 
-def check_ranks(threads: int | None) -> None:
-    """--ranks, where it was given."""
+def check_ranks(threads: int | None, launched: bool) -> None:
+    """--ranks, where it was given; under torchrun (`launched`) there are ranks already."""
     good = threads is None or threads >= 1
     _require(good, f"--ranks {threads} must be at least 1; try --ranks 2.")
+    _require(
+        threads is None or not launched,
+        f"--ranks {threads} starts threads, but torchrun has started the ranks; leave --ranks out.",
+    )
+
+
+def check_not_empty(given: dict[str, object]) -> None:
+    """No option was given an empty string, as an unset shell variable would."""
+    for field, value in given.items():
+        _require(
+            value != "", f"{_option(field)} was given an empty value; name one or leave it out."
+        )
 
 
 # ---- training
+
+TRAIN_RANGES = {
+    "global_batch_size": (1, 2**24, 32), "micro_batch_size": (1, 2**24, 8),
+    "sequence_length": (1, 2**24, 128), "steps": (1, 1e9, 300), "lr": (1e-12, 1e4, 0.003),
+    "warmup_steps": (0, 1e9, 20), "weight_decay": (0, 100, 0.1), "clip": (0, 1e9, 1),
+    "dropout": (0, 0.99, 0.1), "bucket_mib": (1e-6, 1e6, 64), "seed": (0, 2**32 - 1, 0),
+    "validation_fraction": (0, 0.99, 0.01), "validate_every": (0, 1e9, 100),
+    "save_every": (0, 1e9, 100), "sample_tokens": (0, 1e6, 200), "timeout": (1, 1e6, 300),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -183,7 +212,7 @@ class TrainConfig:
     steps: int = 300
     optimizer: str = "adamw"
     lr: float = 3e-3
-    min_lr: float = 3e-4
+    min_lr: float | None = None  # None: a tenth of lr
     warmup_steps: int = 20
     weight_decay: float = 0.1
     clip: float = 1.0  # 0: no clipping
@@ -196,6 +225,7 @@ class TrainConfig:
     seed: int = 0
     data: str | None = None
     tokenizer: str = "bytes"
+    tokenizer_file: str = ""  # where a resumed run finds the tokenizer that it began with
     cache_dir: str = ".cache"
     validation_fraction: float = 0.01
     validate_every: int = 0  # 0: only after the last step
@@ -207,12 +237,9 @@ class TrainConfig:
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
-        _require_positive(
-            self, global_batch_size="--global-batch-size", micro_batch_size="--micro-batch-size",
-            sequence_length="--sequence-length", steps="--steps",
-        )  # fmt: skip
+        _require_ranges(self, TRAIN_RANGES)
         self._check_choices()
-        self._check_ranges()
+        self._check_pairs()
 
     def _check_choices(self) -> None:
         choices = {
@@ -220,27 +247,14 @@ class TrainConfig:
             "reduce_dtype": ("", *DTYPES), "dp_step": ("", *DP_STEPS),
         }  # fmt: skip
         for field, allowed in choices.items():
-            value, option = getattr(self, field), "--" + field.replace("_", "-")
+            value, option = getattr(self, field), _option(field)
             names = ", ".join(filter(None, allowed))
             _require(value in allowed, f"{option} {value} is not one of {names}.")
 
-    def _check_ranges(self) -> None:
-        for field in ("lr", "timeout", "bucket_mib"):
-            value, option = getattr(self, field), "--" + field.replace("_", "-")
-            _require(value > 0, f"{option} {value:g} must be above 0; try {option} 1.")
-        counts = ("warmup_steps", "validate_every", "save_every", "sample_tokens", "seed")
-        for field in (*counts, "min_lr", "weight_decay", "clip"):
-            value, option = getattr(self, field), "--" + field.replace("_", "-")
-            _require(value >= 0, f"{option} {value:g} must not be negative; try {option} 0.")
-        for field in ("dropout", "validation_fraction"):
-            value, option = getattr(self, field), "--" + field.replace("_", "-")
-            _require(
-                0 <= value < 1,
-                f"{option} {value:g} must be at least 0 and below 1; try {option} 0.1.",
-            )
+    def _check_pairs(self) -> None:
         _require(
-            self.min_lr <= self.lr,
-            f"--min-lr {self.min_lr:g} must not exceed --lr {self.lr:g}; "
+            0 <= self.final_lr <= self.lr,
+            f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr:g}; "
             f"try --min-lr {self.lr / 10:g}.",
         )
         _require(
@@ -257,6 +271,11 @@ class TrainConfig:
             "--resume without a folder looks into --save-dir; add --save-dir runs/mine, or name "
             "the checkpoint.",
         )
+
+    @property
+    def final_lr(self) -> float:
+        """The learning rate at the end of the cosine."""
+        return self.lr / 10 if self.min_lr is None else self.min_lr
 
     @property
     def sync_step(self) -> str:

@@ -50,6 +50,11 @@ class Tokenizer:
             return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
         return np.array(self._model.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
+    def save(self, path: Path) -> None:
+        """Write a tokenizer.json that gives the same ids; bytes need none, and write nothing."""
+        if self._model is not None:
+            publish(path, [self._model.to_str().encode("utf-8")])
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of 1-D `ids`; special ids, and ids that no token has, give no text."""
         ids = np.asarray(ids, dtype=np.int64)
@@ -93,7 +98,7 @@ def _train_bpe(option: str, files: Sequence[Path], cache_dir: Path) -> Path:
         model.train_from_iterator(
             _documents(files), int(size), show_progress=False, special_tokens=[END_OF_DOCUMENT[0]]
         )
-        _publish(path, [model.to_str().encode("utf-8")])
+        publish(path, [model.to_str().encode("utf-8")])
     return path
 
 
@@ -117,7 +122,7 @@ def prepare(data: str | None, tokenizer: str, cache_dir: Path) -> tuple[Tokenize
     vocabulary = [Path(tokenizer)] if Path(tokenizer).is_file() else []
     path = cache_dir / f"tokens-{_digest(tokenizer, vocabulary + files)}.{dtype.__name__}"
     if not path.exists():
-        _publish(path, (ids.astype(dtype).tobytes() for ids in _token_pieces(chosen, files)))
+        publish(path, (ids.astype(dtype).tobytes() for ids in _token_pieces(chosen, files)))
     if path.stat().st_size < 2 * dtype().itemsize:
         raise ConfigError(f"--data {data} holds less than 2 tokens of text; try a longer one.")
     return chosen, np.memmap(path, dtype, mode="r")
@@ -180,7 +185,7 @@ def _digest(tokenizer: str, files: Sequence[Path]) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
-def _publish(path: Path, pieces: Iterable[bytes]) -> None:
+def publish(path: Path, pieces: Iterable[bytes]) -> None:
     """Write beside `path` under a name of its own, then rename: readers see all of it or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")

@@ -14,9 +14,10 @@ class TrainingError(Exception):
     """A sentence about a run that cannot go on."""
 
 
-def not_finite(loss: float, step: int, model: nn.Module, batch: tuple) -> TrainingError:
+def not_finite(loss: float, step: int, model: nn.Module, batches: list[tuple]) -> TrainingError:
     """The error for a NaN or infinite loss; it names the first module with such an output."""
-    culprit = first_bad_module(model, batch)
+    culprits = (first_bad_module(model, batch) for batch in batches)
+    culprit = next(filter(None, culprits), None)
     where = (
         f"module {culprit} is the first with such an output"
         if culprit

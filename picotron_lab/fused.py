@@ -130,7 +130,8 @@ class ChunkedHead(nn.Module):
     def forward(self, x_BTD: Tensor, labels_BT: Tensor | None = None) -> Tensor:
         if labels_BT is None:
             return F.linear(x_BTD, self.weight)
-        chunk = max(1, CHUNK_ELEMENTS[x_BTD.device.type] // self.weight.shape[0])
+        elements = CHUNK_ELEMENTS.get(x_BTD.device.type, CHUNK_ELEMENTS["cuda"])
+        chunk = max(1, elements // self.weight.shape[0])
         x_ND, labels_N = x_BTD.flatten(0, 1), labels_BT.flatten()
         learning = torch.is_grad_enabled()
         return LinearCrossEntropy.apply(x_ND, self.weight, labels_N, chunk, learning)
@@ -156,7 +157,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             x_nD, labels_n = x_ND[rows], labels_N[rows]
             logits_nV = wide(x_nD @ w_VD.T)
             log_sum_n = logits_nV.logsumexp(-1, keepdim=True)
-            picked_n = logits_nV.gather(1, labels_n.clamp(min=0)[:, None])
+            picked_n = logits_nV.gather(1, zero_if_ignored(labels_n)[:, None])
             loss += ((log_sum_n - picked_n).squeeze(1) * (labels_n != IGNORED)).sum()
             if learning:
                 grad_nV = logits_to_gradient(logits_nV, log_sum_n, labels_n).to(x_ND.dtype)
@@ -173,9 +174,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dx_ND.mul_(factor), dw_VD.mul_(factor).to(ctx.weight_dtype), None, None, None
 
 
+def zero_if_ignored(labels_n: Tensor) -> Tensor:
+    """Labels that can index: 0 where ignored. Other labels outside the vocabulary stay errors."""
+    return labels_n.masked_fill(labels_n == IGNORED, 0)
+
+
 def logits_to_gradient(logits_nV: Tensor, log_sum_n: Tensor, labels_n: Tensor) -> Tensor:
     """softmax - onehot(label), written over the logits; 0 for ignored tokens."""
     counted_n = labels_n != IGNORED
     grad_nV = logits_nV.sub_(log_sum_n).exp_()
-    grad_nV.scatter_add_(1, labels_n.clamp(min=0)[:, None], -counted_n.to(grad_nV.dtype)[:, None])
+    picked_n = zero_if_ignored(labels_n)[:, None]
+    grad_nV.scatter_add_(1, picked_n, -counted_n.to(grad_nV.dtype)[:, None])
     return grad_nV.mul_(counted_n[:, None])

@@ -54,18 +54,23 @@ class Heartbeat:
             raise CommError(self._explain(call, error)) from None
         self._doing = f"computing after {call}"
 
-    def abort(self, sentence: str) -> None:
-        """Ask all ranks to end because of `sentence`; the first one asked for is kept."""
-        self._over.set()  # this rank needs no watching: it is about to end by itself
-        with contextlib.suppress(RuntimeError), self._lock:  # without a store nobody can be told
-            self._store.compare_set("abort", "", sentence)
+    def fail(self, error: BaseException) -> None:
+        """Ask all ranks to end, because this one ends with `error`."""
+        words = " ".join(str(error).split()).rstrip(".")
+        kind = type(error).__name__
+        self._abort(f"rank {self._rank} ended with {kind}{': ' if words else ''}{words}.")
+        self._over.set()  # it ends by itself now and needs no watching
 
     @contextlib.contextmanager
     def outlive_sigterm(self) -> Iterator[None]:
         """Inside, SIGTERM leaves this rank a moment to say what happened, then ends it.
 
-        A launcher sends it to all ranks as soon as one has died: too soon for a sentence.
+        A launcher sends it to all ranks as soon as one has died: too soon for a sentence. It stays
+        so after an exception, which is such a sentence.
         """
+        if threading.current_thread() is not threading.main_thread():  # Python forbids it there
+            yield
+            return
         reason = "the launcher asked it to (SIGTERM), as it does when another rank has died."
         last_words = threading.Thread(target=self._say_last, args=(reason,), daemon=True)
 
@@ -107,7 +112,7 @@ class Heartbeat:
         except RuntimeError:  # the store went away with the launcher
             reason = f"the launcher is gone; {torch_says}"
         sentence = f"rank {self._rank} cannot finish {call.in_full()}; {reason}"
-        self.abort(sentence)
+        self._abort(sentence)
         return sentence
 
     def _describe_peers(self) -> list[str]:
@@ -145,8 +150,7 @@ class Heartbeat:
 
     def _end(self, reason: str) -> None:
         """Tell the others that this process ends, and end it."""
-        with contextlib.suppress(RuntimeError), self._lock:
-            self._store.compare_set("abort", "", reason)
+        self._abort(reason)
         self._say_last(reason)
 
     def _say_last(self, reason: str) -> None:
@@ -166,6 +170,11 @@ class Heartbeat:
         self._beats += 1
         with self._lock:
             self._store.set(f"beat/{self._rank}", f"{self._beats}|{self._doing}")
+
+    def _abort(self, sentence: str) -> None:
+        """Ask all ranks to end because of `sentence`; the first one asked for is kept."""
+        with contextlib.suppress(RuntimeError), self._lock:  # without a store nobody can be told
+            self._store.compare_set("abort", "", sentence)
 
     def _read(self, key: str) -> str:
         """The value of a key, empty while it has none."""

@@ -1,6 +1,7 @@
 """What a run shows while it goes on: a live line for people, metrics.jsonl for programs."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -65,5 +66,12 @@ def _keep_before(path: Path, step: int) -> None:
     if not path.exists():
         return
     lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
-    path.write_text("".join(kept))
+    path.write_text("".join(line for line in lines if _step_of(line) < step))
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite if it is half-written or not ours."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

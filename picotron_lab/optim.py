@@ -1,5 +1,4 @@
-"""The update: AdamW or SGD, a learning rate that warms up and falls, one clipping for the whole
-mesh.
+"""The update: AdamW or SGD, a learning rate that rises and falls, one clipping for the mesh.
 
 Paper   AdamW: Loshchilov and Hutter 2019 (1711.05101), algorithm 2; cosine: 1608.03983, equation 5
 Idea    The optimizer itself is torch's (fused where it has a fused kernel). What a mesh changes is
@@ -55,11 +54,13 @@ def set_step_count(optimizer: torch.optim.Optimizer, steps: int) -> None:
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
-    """Rises linearly over warmup_steps, then falls by a half cosine to min_lr at the last step."""
+    """Rises linearly over warmup_steps, then falls by a half cosine to final_lr at the last step,
+    if there is a step after the warm-up."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     progress = (step - cfg.warmup_steps) / max(1, cfg.steps - 1 - cfg.warmup_steps)
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    height = (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    return cfg.final_lr + (cfg.lr - cfg.final_lr) * height
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -9,8 +9,8 @@ Idea    lab.py runs ranks as threads: deterministic, debuggable, one process. Th
         found, and what only happens to processes can be tried: a rank that is killed, stopped, or
         stuck.
 How     A forkserver imports torch once (1 to 2 s); each rank is then forked from it in 0.1 s. The
-        store that ranks meet in is hosted here, on a free port. A rank's prints appear when all
-        have ended, rank by rank; its result comes back through a file.
+        ranks meet in a file. What a rank prints appears when all have ended, rank by rank; its
+        result comes back through a file.
 Ends    always: ranks still there at the end are killed.
 Not     for Windows, which has no forkserver; nor for functions of a notebook cell: use run_ranks.
 Tests   tests/test_processes.py
@@ -23,6 +23,7 @@ import os
 import pickle
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from typing import Any
 
 import torch
 
-from picotron_lab.comm import become_rank, connect, host_store
+from picotron_lab.comm import become_rank, connect
 from picotron_lab.heartbeat import GRACE
 from picotron_lab.ledger import CommError
 
@@ -83,11 +84,10 @@ def launch(
     _check(function, size)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "numpy", "picotron_lab.comm"])
-    store = host_store()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "job").write_bytes(pickle.dumps((function, args)))
-        here = size, store.port, timeout, folder
+        here = size, timeout, folder
         ranks = [context.Process(target=_child, args=(r, *here), daemon=True) for r in range(size)]
         try:
             for process in ranks:
@@ -146,11 +146,12 @@ def _read(folder: Path, rank: int, exit_code: int, late: bool) -> Outcome:
 # ---- in the process of a rank
 
 
-def _child(rank: int, size: int, port: int, timeout: float, folder: Path) -> None:
+def _child(rank: int, size: int, timeout: float, folder: Path) -> None:
     """Be one rank: connect, call, and leave result or error in the folder."""
     _print_to(folder, rank)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    become_rank(rank, size, port)
+    become_rank(rank, size, folder / "store")
     result, failure = None, ""
     try:
         function, args = pickle.loads((folder / "job").read_bytes())
@@ -165,6 +166,12 @@ def _child(rank: int, size: int, port: int, timeout: float, folder: Path) -> Non
     partial.write_bytes(end)
     partial.rename(folder / f"{rank}.end")  # whole or not at all
     sys.exit(1 if failure else 0)
+
+
+def _end_with_parent() -> None:
+    """A launcher that was killed could not kill its ranks."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _print_to(folder: Path, rank: int) -> None:

@@ -26,10 +26,13 @@ def train(
     manifest: Manifest | None = None,
 ) -> None:
     """Train from the start, or go on from a checkpoint. Every rank of `world` calls this."""
-    trainer = Trainer(model_cfg, mesh_cfg, cfg, world)
+    trainer = make_trainer(model_cfg, mesh_cfg, cfg, world)
     if manifest is not None:
         state.load(trainer, manifest)
     log = Log(Path(cfg.log_file), trainer.first_step, cfg.steps, active=world.rank == 0)
+    changes = state.changes(state.options_of(manifest), cfg) if manifest is not None else []
+    if changes:
+        log.say(f"goes on from {manifest.path} with changed options: {', '.join(changes)}")
     try:
         for metrics in trainer.fit():
             log.step(metrics)
@@ -44,6 +47,20 @@ def train(
             prompt, continuation = write_sample(trainer)
             print(f"\n--- the model goes on from the held-out text\n{prompt}|{continuation}\n---")
         print(f"metrics: {log.path}")
+
+
+def make_trainer(
+    model_cfg: ModelConfig, mesh_cfg: MeshConfig, cfg: TrainConfig, world: Axis
+) -> Trainer:
+    """A trainer, or one sentence where the model does not fit at all."""
+    try:
+        return Trainer(model_cfg, mesh_cfg, cfg, world)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no own
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise diagnose.TrainingError(
+                f"out of memory: the weights of {model_cfg.name} do not fit; try a smaller --model."
+            ) from None
+        raise
 
 
 def write_sample(trainer: Trainer) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from picotron_lab import corpus, data, data_parallel, mesh, optim, precision, sh
 from picotron_lab.analysis import cost, hardware, memory
 from picotron_lab.comm import Axis
 from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig
-from picotron_lab.diagnose import not_finite
+from picotron_lab.diagnose import TrainingError, not_finite
 from picotron_lab.dropout import Where
 from picotron_lab.fused import fuse
 from picotron_lab.model import IGNORED, Llama, initial_value
@@ -57,8 +57,7 @@ class OneStage:
         self.loss_sum = torch.zeros((), dtype=torch.float64)
 
     def run(self, actions: list[Action], batches: list[tuple], tokens: float) -> Tensor:
-        """Run one step; `tokens` counts the global batch. Returns this rank's sum of token
-        losses."""
+        """One step; `tokens` counts the global batch. Returns this rank's sum of token losses."""
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=batches[0][0].device)
         self.synchroniser.begin_step()
         completes_gradients = last_backwards(actions)
@@ -69,6 +68,9 @@ class OneStage:
                 self._backward(action.microbatch, tokens, last=i in completes_gradients)
             elif action.kind == "R":
                 self.synchroniser.finish()
+            else:
+                raise ValueError(f"one stage cannot execute {action}: it knows F, BW and R.")
+        assert not self.losses, f"micro-batches {list(self.losses)} had no backward: add their BW."
         return self.loss_sum
 
     def _backward(self, microbatch: int, tokens: float, last: bool) -> None:
@@ -96,11 +98,15 @@ class Trainer:
         self.masters = precision.MasterWeights(self.parameters)
         self.optimizer = optim.build(self.masters.weights, cfg)
         self.stage = OneStage(self.model, self._make_synchroniser())
+        replica = self.mesh.replica.name  # the synchroniser's axis; the rule serves all others
+        self.other_axes = {n: a for n, a in self.mesh.axes.items() if n != replica}
         self.first_step = 0
 
     def _open_data(self, model_cfg: ModelConfig) -> None:
         cfg = self.cfg
-        self.tokenizer, tokens = corpus.prepare(cfg.data, cfg.tokenizer, Path(cfg.cache_dir))
+        self.tokenizer, tokens = corpus.prepare(
+            cfg.data, cfg.tokenizer_file or cfg.tokenizer, Path(cfg.cache_dir)
+        )
         size = model_cfg.vocab_size or -(-self.tokenizer.vocab_size // 64) * 64
         self.model_cfg = replace(model_cfg, vocab_size=size)
         corpus.check_vocabulary(tokens, size)
@@ -112,23 +118,26 @@ class Trainer:
         cfg = self.cfg
         dtype = precision.DTYPES[cfg.reduce_dtype] if cfg.reduce_dtype else None
         size = cfg.bucket_mib * data_parallel.MIB
-        return data_parallel.synchroniser(
-            cfg.sync_step, self.parameters, self.mesh.replica, size, dtype
-        )
+        replica = self.mesh.replica
+        for parameter in self.parameters:
+            partial = parameter.record.partial
+            assert replica.name in partial, (
+                f"{parameter.record.name} is partial over {partial} only"
+            )
+        return data_parallel.synchroniser(cfg.sync_step, self.parameters, replica, size, dtype)
 
     # ---- one step
 
     def train_step(self, step: int) -> dict[str, Any]:
         """One optimizer step on global batch `step`; returns its metrics."""
         start = time.perf_counter()
+        ledger = self.mesh.world.ledger
+        ledger.clear()
         loss, tokens = self.compute_gradients(step)
         if not math.isfinite(loss):
-            raise not_finite(loss, step, self.model, self._deal(step)[0])
+            raise not_finite(loss, step, self.model, self._deal(step))
         norm = self.update(step)
         seconds = time.perf_counter() - start
-        ledger = self.mesh.world.ledger
-        sent = ledger.bytes_by_axis()
-        ledger.clear()
         return {
             "step": step,
             "loss": loss,
@@ -138,24 +147,25 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "mfu": self._mfu(tokens / seconds),
             "peak_memory_bytes": memory.peak_memory_bytes(self.device),
-            "sent_bytes": sent,
+            "sent_bytes": ledger.bytes_by_axis(),
         }
 
     def compute_gradients(self, step: int) -> tuple[float, int]:
-        """Gradients of the global batch in every parameter's .grad; returns (loss, counted
-        tokens)."""
+        """Leave the global batch's gradients in every .grad; returns (loss, counted tokens)."""
         batches = self._deal(step)
         mine = torch.stack([(labels != IGNORED).sum() for _, labels, _ in batches]).sum()
         tokens = int(self.mesh.replica.all_reduce(mine))
         actions = accumulation(len(batches))[self.mesh.pp.rank]
         loss_sum = self.stage.run(actions, batches, max(tokens, 1))
+        sharding.reduce_gradients(self.parameters, self.other_axes)
         loss = self.mesh.replica.all_reduce(loss_sum) / max(tokens, 1)
         return float(loss), tokens
 
     def update(self, step: int) -> float:
-        """Clip, step the optimizer, publish the weights; returns the gradient norm before
-        clipping."""
+        """Clip, step, publish the weights; returns the gradient norm before clipping."""
         norm = optim.clip(self.parameters, self.cfg.clip, self.mesh.world, self.mesh.axes)
+        if not math.isfinite(norm):  # no step: the newest checkpoint must stay a good one
+            raise TrainingError(f"the gradient norm is {norm} at step {step}; try a lower --lr.")
         optim.set_learning_rate(self.optimizer, optim.learning_rate(step, self.cfg))
         self.masters.take_gradients()
         self.optimizer.step()

@@ -12,25 +12,35 @@ WRONG = {
         heads=3, kv_heads=1
     ),
     "--heads 4 makes heads 3 wide": lambda: ModelConfig(hidden_size=12, heads=4, kv_heads=1),
-    "--layers 0 must be at least 1": lambda: ModelConfig(layers=0),
-    "--vocab-size -1 must not be negative": lambda: ModelConfig(vocab_size=-1),
+    "--layers 0 must lie between 1 and 10000; try --layers 4": lambda: ModelConfig(layers=0),
+    "--vocab-size -1 must lie between 0": lambda: ModelConfig(vocab_size=-1),
     "--top-k 5 must be between 1 and --experts 4": lambda: ModelConfig(experts=4, top_k=5),
-    "--dp 0 must be at least 1": lambda: MeshConfig(dp=0),
+    "--dp 0 must lie between 1": lambda: MeshConfig(dp=0),
     "--ep 3 must divide --dp 4": lambda: MeshConfig(dp=4, ep=3),
     "--dp 4 with the other axes makes a mesh of 4 ranks, but there are 2; try --dp 2": lambda: (
         MeshConfig(dp=4).check_world(2)
     ),
     "but there are 3; try 2 ranks or a multiple of 2": lambda: MeshConfig(tp=2).check_world(3),
-    "--steps 0 must be at least 1": lambda: TrainConfig(steps=0),
+    "--steps 0 must lie between 1 and 1e+09; try --steps 300": lambda: TrainConfig(steps=0),
     "--optimizer lion is not one of adamw, sgd": lambda: TrainConfig(optimizer="lion"),
     "--dtype float16 is not one of float32, bfloat16, float64": lambda: TrainConfig(
         dtype="float16"
     ),
     "--dp-step fast is not one of naive, overlapped": lambda: TrainConfig(dp_step="fast"),
-    "--lr 0 must be above 0": lambda: TrainConfig(lr=0),
-    "--clip -1 must not be negative": lambda: TrainConfig(clip=-1),
-    "--dropout 1 must be at least 0 and below 1": lambda: TrainConfig(dropout=1),
-    "--min-lr 0.1 must not exceed --lr 0.01": lambda: TrainConfig(lr=0.01, min_lr=0.1),
+    "--lr 0 must lie between": lambda: TrainConfig(lr=0),
+    "--clip -1 must lie between 0": lambda: TrainConfig(clip=-1),
+    "--dropout 1 must lie between 0 and 0.99": lambda: TrainConfig(dropout=1),
+    "--min-lr 0.1 must lie between 0 and --lr 0.01; try --min-lr 0.001": lambda: TrainConfig(
+        lr=0.01, min_lr=0.1
+    ),
+    "--lr nan must lie between": lambda: TrainConfig(lr=float("nan")),
+    "--timeout inf must lie between": lambda: TrainConfig(timeout=float("inf")),
+    "--seed 1e+23 must lie between 0 and 4.29497e+09": lambda: TrainConfig(seed=10**23),
+    "--experts -1 must lie between 0": lambda: ModelConfig(experts=-1),
+    "--hidden-size 1e+12 must lie between": lambda: ModelConfig(hidden_size=10**12),
+    "--rope-theta nan must lie between": lambda: ModelConfig(rope_theta=float("nan")),
+    "--norm-eps -1 must lie between": lambda: ModelConfig(norm_eps=-1.0),
+    "an even width; try head_size 4": lambda: ModelConfig(head_size=3),
     "--save-every 5 needs a folder; add --save-dir": lambda: TrainConfig(save_every=5),
     "--resume without a folder": lambda: TrainConfig(resume="latest"),
     "--reduce-dtype bfloat16 needs buckets": lambda: TrainConfig(
@@ -55,6 +65,11 @@ def test_wrong_options_get_a_sentence(sentence):
     assert message.endswith((".", ").")) and "\n" not in message
 
 
+def test_a_lower_lr_needs_no_min_lr():
+    assert TrainConfig(lr=1e-5).final_lr == pytest.approx(1e-6)
+    assert TrainConfig(lr=1e-5, min_lr=0).final_lr == 0
+
+
 def test_micro_batches():
     assert TrainConfig(global_batch_size=24, micro_batch_size=2).micro_batches(3) == 4
 
@@ -66,6 +81,8 @@ def test_model_from_file(tmp_path):
     for text, sentence in [
         ('{"layer": 3}', "only these keys: name, vocab_size"),
         ('{"layers": "3"}', "layers '3' must be of type int"),
+        ('{"layers": true}', "layers True must be of type int"),
+        ('{"head_size": -2}', "--head-size -2 must lie between 0"),
         ("{", "must be a readable JSON file"),
         ("[]", "must hold an object"),
     ]:

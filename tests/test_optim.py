@@ -114,5 +114,7 @@ def test_mfu_needs_a_known_peak():
     peak = hardware.peak_flops("NVIDIA H200", torch.bfloat16)
     assert peak == 989e12
     assert cost.model_flops_utilisation(1000, 989e9, peak, 2) == pytest.approx(0.5)
-    assert hardware.peak_flops("CPU", torch.bfloat16) is None
+    for other in ("CPU", "NVIDIA RTX A1000 Laptop GPU", "NVIDIA H100 PCIe", "NVIDIA H100 NVL"):
+        assert hardware.peak_flops(other, torch.bfloat16) is None
+    assert hardware.peak_flops("NVIDIA A100-SXM4-80GB", torch.bfloat16) == 312e12
     assert cost.model_flops_utilisation(1000, 1e9, None, 1) is None

@@ -1,5 +1,6 @@
 """The command line as users meet it: training, resuming, wrong options, killed processes."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,9 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import run
-from picotron_lab import checkpoint
+from picotron_lab import checkpoint, state
+from picotron_lab.config import MeshConfig
+from picotron_lab.lab import run_ranks
+from picotron_lab.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -203,6 +208,14 @@ def test_wrong_options_end_with_a_sentence_and_code_2(text, tmp_path, capsys, mo
         ("--dp", "4"): "but there are 1",
         ("--ranks", "2", "--dp", "3"): "but there are 2",
         ("--ranks", "0"): "--ranks 0 must be at least 1",
+        ("trian",): "did you mean train?",
+        ("",): "see --help",
+        ("--lr", "nan"): "--lr nan must lie between",
+        ("--save-dir", ""): "--save-dir was given an empty value",
+        ("--save-dir", "empty.txt"): "--save-dir needs a folder that can be written to",
+        ("--cache-dir", "empty.txt/x"): "--cache-dir needs a folder that can be written to",
+        ("--log-file", "empty.txt/x"): "--log-file needs a folder that can be written to",
+        ("--data", "x" * 5000): "File name too long",
         ("--data", "nowhere.txt"): "nowhere.txt",
         ("--data", "empty.txt"): "empty.txt",
         ("--vocab-size", "100", *text): "--vocab-size 100",
@@ -227,6 +240,85 @@ def test_a_run_is_never_overwritten(text, tmp_path, capsys):
     assert "already exists" in failing(capsys, *options, "--log-file", str(tmp_path / "log"))
     again = failing(capsys, "--save-dir", str(tmp_path / "a"), "--resume")
     assert "--steps 2 is already reached" in again
+
+
+def test_a_resumed_run_keeps_its_model_and_optimizer(text, tmp_path, capsys):
+    saved = tmp_path / "saved"
+    assert train(*text, "--steps", "2", "--layers", "2", "--save-dir", str(saved)) == 0
+    capsys.readouterr()
+    wrong = {
+        ("--layers", "1"): "layers is 1, but in step-00000002 it is 2",
+        ("--tied",): "tied is True",
+        ("--heads", "4"): "heads is 4",
+        ("--vocab-size", "512"): "vocab_size is 512",
+        ("--optimizer", "sgd"): "--optimizer sgd cannot go on",
+        ("--tokenizer", "bpe:300"): "--tokenizer bpe:300 would give the tokens",
+        ("--ranks", "5"): "--global-batch-size 12",
+    }
+    go_on = ["--save-dir", str(saved), "--resume", "--steps", "9"]
+    for options, sentence in wrong.items():
+        assert sentence in failing(capsys, *go_on, *options), options
+
+
+def test_two_runs_are_never_mixed(text, tmp_path, capsys):
+    saved = tmp_path / "saved"
+    options = [*SMALL, *text, "--steps", "4", "--save-every", "2", "--save-dir", str(saved)]
+    assert run.main(options) == 0
+    capsys.readouterr()
+    old = str(saved / "step-00000002")
+    branch = ["--resume", old, "--seed", "7", "--save-dir"]
+    assert "would mix two runs" in failing(capsys, *branch, str(saved))
+    assert run.main([*branch, str(tmp_path / "branch")]) == 0
+    assert "changed options: --seed 0 -> 7" in capsys.readouterr().out
+
+
+def test_a_run_keeps_the_tokenizer_that_it_began_with(tmp_path, capsys):
+    """A text that is added later would train another one."""
+    folder, saved, hf = tmp_path / "texts", tmp_path / "saved", tmp_path / "hf"
+    folder.mkdir()
+    (folder / "a.txt").write_text("ranks meet in collectives; a ledger counts every byte. " * 20)
+    options = ["--data", str(folder), "--cache-dir", str(tmp_path / "cache")]
+    options += ["--tokenizer", "bpe:290", "--save-dir", str(saved)]
+    assert train(*options, "--steps", "2") == 0
+    first = (saved / "tokenizer.json").read_text()
+    (folder / "b.txt").write_text("quite another vocabulary, with zebras and quizzes " * 40)
+    assert train(*options, "--steps", "4", "--resume") == 0
+    assert (saved / "tokenizer.json").read_text() == first
+    manifest = checkpoint.read_manifest(saved / "step-00000004")
+    assert manifest.meta["train"]["tokenizer_file"] == str(saved / "tokenizer.json")
+    assert run.main(["export", "--checkpoint", str(saved), "--hf", str(hf)]) == 0
+    assert (hf / "tokenizer.json").read_text() == first
+
+
+def test_a_step_with_no_number_is_not_taken(text, tmp_path, capsys):
+    """The newest checkpoint must stay one that can go on."""
+    saved = tmp_path / "saved"
+    wild = ["--lr", "10000", "--warmup-steps", "0", "--clip", "0", "--optimizer", "sgd"]
+    options = [*wild, "--steps", "50", "--save-every", "1", "--save-dir", str(saved)]
+    assert train(*text, *options) == 1
+    assert "try a lower --lr" in capsys.readouterr().err
+    manifest = checkpoint.read_manifest(checkpoint.latest(saved))
+    assert all(torch.isfinite(checkpoint.read_full(manifest, n)).all() for n in manifest.tensors)
+    for line in (saved / "metrics.jsonl").read_text().splitlines():
+        assert "NaN" not in line and "Infinity" not in line
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_float32_goes_on_from_the_master_weights(text, tmp_path, ranks):
+    """A bf16 run goes on in float32 from what its optimizer stepped, not from rounded copies."""
+    saved = tmp_path / "saved"
+    options = [*text, "--dtype", "bfloat16", "--steps", "2", "--save-dir", str(saved)]
+    assert train(*options, "--ranks", str(ranks)) == 0
+    manifest = checkpoint.read_manifest(checkpoint.latest(saved))
+
+    def weights(world):
+        cfg = dataclasses.replace(state.options_of(manifest), dtype="float32")
+        trainer = Trainer(state.model_of(manifest), MeshConfig(), cfg, world)
+        state.load(trainer, manifest)
+        return {p.record.name: p.detach() for p in trainer.parameters}
+
+    for name, weight in run_ranks(weights, 1)[0].items():
+        assert torch.equal(weight, checkpoint.read_full(manifest, f"master/{name}")), name
 
 
 def test_damaged_checkpoint_is_refused_and_a_good_one_offered(text, tmp_path, capsys):
@@ -278,6 +370,8 @@ def test_export_and_import_round_trip(text, tmp_path):
     assert run.main(["export", "--checkpoint", saved, "--hf", folder]) == 0
     assert run.main(["import", "--hf", folder, "--save-dir", back]) == 0
     options = [*text, "--steps", "2", "--sequence-length", "8", "--sample-tokens", "0"]
+    assert run.main([*options, "--save-dir", back, "--resume"]) == 2  # which tokenizer?
+    options += ["--tokenizer", "bytes"]
     assert run.main([*options, "--save-dir", back, "--resume"]) == 0
     first = metrics(Path(back) / "metrics.jsonl")[0]["loss"]
     before = metrics(Path(saved) / "metrics.jsonl")[0]["loss"]

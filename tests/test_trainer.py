@@ -260,3 +260,49 @@ def test_a_full_gpu_names_the_category(base, tmp_path, monkeypatch):
         cfg = dataclasses.replace(base, log_file=str(tmp_path / str(room)))
         with pytest.raises(TrainingError, match=sentence):
             run_ranks(lambda world, cfg=cfg: train(MODEL, MeshConfig(), cfg, world), 1)
+
+
+def test_state_is_16_or_18_bytes_per_parameter(base):
+    """Weight, gradient and AdamW's moments; with bf16 a float32 master weight as well."""
+    for dtype, expected in (("float32", 16), ("bfloat16", 18)):
+        for step in ("naive", "overlapped", "silent"):
+            cfg = dataclasses.replace(base, optimizer="adamw", dtype=dtype, dp_step=step)
+
+            def count(world, cfg=cfg):
+                trainer = Trainer(MODEL, MeshConfig(), cfg, world)
+                trainer.train_step(0)
+                tensors = [*trainer.parameters, *trainer.masters.weights]
+                tensors += [p.grad for p in trainer.parameters]
+                for moments in trainer.optimizer.state.values():
+                    tensors += [moments["exp_avg"], moments["exp_avg_sq"]]
+                storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
+                elements = sum(p.numel() for p in trainer.parameters)
+                return sum(s.nbytes() for s in storages.values()) / elements
+
+            assert run_ranks(count, 1)[0] == expected
+
+
+def test_unknown_actions_are_refused(base):
+    from picotron_lab.schedules.actions import Action
+
+    def run_actions(world):
+        trainer = Trainer(MODEL, MeshConfig(), base, world)
+        trainer.stage.run([Action("F"), Action("B"), Action("W")], trainer._deal(0), 1)
+
+    with pytest.raises(ValueError, match="cannot execute B0.0: it knows F, BW and R"):
+        run_ranks(run_actions, 1)
+
+
+def test_nan_in_a_later_micro_batch_is_found(base):
+    """A poisoned embedding row that only the last micro-batch reads."""
+
+    def train(world):
+        trainer = Trainer(MODEL, MeshConfig(), dataclasses.replace(base, micro_batch_size=1), world)
+        tokens = [set(batch[0].flatten().tolist()) for batch in trainer._deal(0)]
+        only_last = tokens[-1] - set.union(*tokens[:-1])
+        with torch.no_grad():
+            trainer.model.embed.weight[only_last.pop()] = float("nan")
+        trainer.train_step(0)
+
+    with pytest.raises(TrainingError, match="module embed is the first"):
+        run_ranks(train, 1)

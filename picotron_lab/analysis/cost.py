@@ -2,8 +2,8 @@
 
 Convention  a multiply and an add are 2 operations; backward is twice forward, so a weight costs 6
             per token. Counted: every matmul weight (the embedding is a look-up and costs nothing; a
-            tied one counts once, as the head), and attention scores with the full T x T square: "6N
-            + 12 L H C T".
+            tied one counts once, as the head), and attention scores with the full T x T square:
+            "6N + 12 L H C T".
 Source      PaLM (2204.02311), appendix B; with causal=True the upper triangle is left out, as it
             need not be computed.
 """

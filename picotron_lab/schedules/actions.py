@@ -1,12 +1,10 @@
-"""Action: one thing that a rank does in a training step. A schedule is a list of them for every
-rank.
+"""Action: one thing that a rank does in a training step; a schedule lists them for every rank.
 
 Kinds   F forward   B backward for the input   W backward for the weights   BW both at once
         S, T the output-vocabulary passes   IF, IB the input-embedding passes
         G gather parameters   R reduce gradients (data parallelism)
-Written F2.3 is the forward of stage 2 on micro-batch 3; F2.3/1 its slice 1; S.3 has no stage; R0
-and G0 have
-        no micro-batch.
+Written F2.3 is the forward of stage 2 on micro-batch 3, F2.3/1 of its slice 1; S.3 has no stage;
+        R0 and G0 have no micro-batch
 """
 
 from dataclasses import dataclass
