@@ -54,7 +54,7 @@ def main() -> None:
             global_batch_size=16, micro_batch_size=4, steps=STEPS, warmup_steps=5, clip=0,
             sequence_length=64, cache_dir=folder,
         )  # fmt: skip
-        sgd = dataclasses.replace(base, optimizer="sgd", lr=0.2, min_lr=0.05, weight_decay=0)
+        sgd = dataclasses.replace(base, optimizer="sgd", lr=0.4, min_lr=0.1, weight_decay=0)
         meshes = {
             "1 process": losses(base),
             "2 ranks": losses(dataclasses.replace(base, micro_batch_size=8), 2),
