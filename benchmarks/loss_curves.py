@@ -3,6 +3,7 @@
     python benchmarks/loss_curves.py          about three minutes on two cores
 """
 
+import contextlib
 import dataclasses
 import sys
 import tempfile
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import matplotlib.pyplot as plt  # noqa: E402
 
 from picotron_lab.config import PRESETS, MeshConfig, TrainConfig  # noqa: E402
+from picotron_lab.diagnose import TrainingError  # noqa: E402
 from picotron_lab.lab import run_ranks  # noqa: E402
 from picotron_lab.trainer import OneStage, Trainer  # noqa: E402
 
@@ -39,9 +41,10 @@ def losses(cfg: TrainConfig, ranks: int = 1, stage: type[OneStage] = OneStage) -
         trainer = Trainer(model_cfg, MeshConfig(dp=ranks), cfg, world)
         trainer.stage = stage(trainer.model, trainer.stage.synchroniser)
         curve = []
-        for step in range(STEPS):
-            curve.append(trainer.compute_gradients(step)[0])
-            trainer.update(step)
+        with contextlib.suppress(TrainingError):  # the run has exploded: the curve ends
+            for step in range(STEPS):
+                curve.append(trainer.compute_gradients(step)[0])
+                trainer.update(step)
         return curve
 
     return run_ranks(rank_main, ranks)[0]
