@@ -50,6 +50,7 @@ def leave_pid(axis, folder):
 
 def killed(axis):
     axis.all_reduce(ONE)
+    print("so far all is well")
     if axis.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     axis.all_gather(TWO)

@@ -65,6 +65,23 @@ def test_some_seed_finds_what_depends_on_luck_and_repeats_it():
         assert run_ranks(take_a_number, 3, [], seed=seed) == order
 
 
+def begin_and_go_on(axis, queue):
+    """Wrong: between two steps of one rank, others may take theirs, even if it does not wait."""
+    queue.append(axis.rank)
+    handle = axis.all_reduce(ONE, wait=False)
+    queue.append(axis.rank)
+    handle.wait()
+
+
+def test_some_seed_lets_others_in_where_a_call_begins():
+    found = set()
+    for seed in range(20):
+        queue = []
+        run_ranks(begin_and_go_on, 2, queue, seed=seed)
+        found.add(tuple(queue))
+    assert {(0, 0, 1, 1), (0, 1, 0, 1), (1, 0, 0, 1)} <= found
+
+
 # ---- random numbers
 
 

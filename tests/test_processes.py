@@ -216,6 +216,7 @@ def ended(tmp_path_factory):
 def test_a_rank_is_killed(ended):
     outcomes = ended["killed"]
     assert [o.exit_code for o in outcomes] == [1, -signal.SIGKILL, 1]
+    assert outcomes[1].stdout == "so far all is well\n"
     for rank in (0, 2):
         assert f"rank {rank} cannot finish {WAITING}" in outcomes[rank].error
         assert "rank 1 is lost (last sign of life: " in outcomes[rank].error
