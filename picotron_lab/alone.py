@@ -67,8 +67,8 @@ class Nobody(Alone):
     """
 
     def all_gather(self, call: Call, out: Tensor, x: Tensor) -> Work:
-        for shard in out.split(max(1, x.shape[0])):
-            shard.copy_(x)
+        if x.numel() > 0:
+            out.view(-1, *x.shape).copy_(x)
         return Done()
 
     def reduce_scatter(self, call: Call, out: Tensor, x: Tensor, op: str) -> Work:

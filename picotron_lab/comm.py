@@ -305,7 +305,7 @@ class Pending:
 
 @contextmanager
 def connect(timeout: float) -> Iterator[Axis]:
-    """The world axis of this process: all ranks under torchrun, else alone.
+    """The world axis of this process: all ranks of torchrun or run_processes, else alone.
 
     timeout  seconds after which a lost or stuck rank ends every rank, with a sentence
     raises   CommError when the ranks cannot find each other, or when one of them fails
@@ -317,15 +317,13 @@ def connect(timeout: float) -> Iterator[Axis]:
         yield Axis("world", [0], 0, Alone(), Ledger())
         return
     rank, size = int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
-    try:
-        heartbeat, world = _join(rank, size, timeout)
-    except (RuntimeError, ValueError) as error:
-        raise CommError(
-            f"rank {rank} of {size} cannot join the others within {timeout:g} s; start all ranks "
-            f"with torchrun, on nodes that can reach MASTER_ADDR; torch says: {shorten(error)}."
-        ) from None
+    store = _open_store(rank, timeout)
+    # a client of its own: another thread may block in torch's
+    signs = dist.PrefixStore("heartbeat", store.clone())
+    heartbeat = Heartbeat(signs, rank, size, timeout)
     try:
         with heartbeat.outlive_sigterm():
+            world = _join(dist.PrefixStore("job", store), heartbeat, rank, size, timeout)
             yield Axis("world", range(size), rank, world, Ledger())
         heartbeat.finish()
     except BaseException as error:
@@ -335,26 +333,33 @@ def connect(timeout: float) -> Iterator[Axis]:
     heartbeat.leave()
 
 
-def _join(rank: int, size: int, timeout: float) -> tuple[Heartbeat, Any]:
-    """Meet the other ranks: the heartbeat and the world of this one."""
+def _open_store(rank: int, timeout: float) -> Any:
+    """The key-value store in which the ranks of this run meet."""
+    meeting_point = os.environ.get("MEETING_POINT", "env://")
+    try:
+        store, *_ = next(dist.rendezvous(meeting_point, timeout=timedelta(seconds=timeout)))
+    except (RuntimeError, ValueError) as error:
+        raise CommError(
+            f"rank {rank} cannot meet the other ranks within {timeout:g} s; start all of them with "
+            f"torchrun, on nodes that can reach MASTER_ADDR; torch says: {shorten(error)}."
+        ) from None
+    # a store may outlive a connect() and a restart by torchrun: old keys must not be found
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"{restart}/{store.add(f'{restart}/{rank}', 1)}", store)
+
+
+def _join(store: Any, heartbeat: Heartbeat, rank: int, size: int, timeout: float) -> Any:
+    """Meet the other ranks: the world of this one."""
     limit, gloo = timedelta(seconds=timeout), not torch.cuda.is_available()
     if not gloo:
         _choose_gpu()
-    store, *_ = next(dist.rendezvous(os.environ.get("MEETING_POINT", "env://"), timeout=limit))
-    # a store may outlive a connect() and a restart by torchrun: old keys must not be found
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    attempt = f"{restart}/{store.add(f'{restart}/{rank}', 1)}"
-    job = dist.PrefixStore(f"job/{attempt}", store)
-    # on nccl torch would kill the process without a sentence: let the heartbeat come first
-    limit = limit if gloo else limit + timedelta(seconds=2 * GRACE)
-    dist.init_process_group(
-        "gloo" if gloo else "nccl", store=job, rank=rank, world_size=size, timeout=limit
-    )
-    # a client of its own: another thread may block in torch's
-    signs = dist.PrefixStore(f"heartbeat/{attempt}", store.clone())
-    heartbeat = Heartbeat(signs, rank, size, timeout)
+        # torch would kill the process without a sentence: let the heartbeat come first
+        limit += timedelta(seconds=2 * GRACE)
+    backend = "gloo" if gloo else "nccl"
+    with heartbeat.guard(Call("connect", "world", 0, caller(), "", 0)):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     world = Processes(dist.group.WORLD, range(size), heartbeat, limit)
-    return heartbeat, Compared(world, range(size), rank) if gloo else world
+    return Compared(world, range(size), rank) if gloo else world
 
 
 def _choose_gpu() -> None:

@@ -80,7 +80,7 @@ class Heartbeat:
 
         before = signal.signal(signal.SIGTERM, handler)
         yield
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
     def finish(self) -> None:
         """Wait until every rank has finished; raise CommError if one of them cannot."""
@@ -96,10 +96,13 @@ class Heartbeat:
 
     def leave(self) -> None:
         """The very last word: rank 0, which may host the store, stays until all have said it."""
+        deadline = time.monotonic() + GRACE
         with contextlib.suppress(RuntimeError):
             self._count("left")
-            if self._rank == 0:
-                self._poll(lambda: self._counted("left") == self._size)
+            while self._rank == 0 and self._counted("left") < self._size:
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.01)
 
     # ---- why a call failed
 
@@ -197,7 +200,7 @@ class Heartbeat:
         return int(self._read(key) or 0)
 
     def _poll(self, done: Callable[[], bool]) -> None:
-        """Wait until done(), asking more and more seldom; raise when a rank asks all to end."""
+        """Wait until done(), asking less and less often; raise when a rank asks all to end."""
         pause = 0.001
         while not done():
             reason = self._read("abort")

@@ -89,12 +89,17 @@ class Meeting:
 
     def check_empty(self) -> None:
         """All ranks are done: no call may be left over that another rank never made."""
-        for slot in self.slots.values():
-            came = ", ".join(str(r) for r in slot.parts)
-            raise CommError(f"only rank {came} made {slot.call.in_full()}; the others never did.")
-        for queue in self.mail.values():
-            for parcel in queue:
-                raise CommError(f"nobody answered {parcel.call.in_full()} or waited for it.")
+        left = [
+            f"no other rank than {', '.join(map(str, slot.parts))} ever made {slot.call.in_full()}."
+            for slot in self.slots.values()
+        ]
+        left += [
+            f"nobody answered {parcel.call.in_full()} or waited for it."
+            for queue in self.mail.values()
+            for parcel in queue
+        ]
+        if left:
+            raise CommError(left[0])
 
 
 class Threads:

@@ -105,6 +105,13 @@ def wrong_argument(axis):
     axis.all_reduce(ONE, "product") if axis.rank == 1 else axis.all_reduce(ONE)
 
 
+def leaves_at_once(axis):
+    """Rank 1 may be gone before the others have even found it."""
+    if axis.rank == 1:
+        raise ValueError("goodbye")
+    axis.barrier()
+
+
 def returns_a_function(axis):
     return lambda: axis
 

@@ -337,7 +337,7 @@ def names_existing_files(source: Source) -> Findings:
     folders = (ROOT, ROOT / "picotron_lab", (ROOT / source.name).parent)
     for match in re.finditer(r"`([^`\s]+)`|\]\(([^)\s]+)\)", prose):
         path = re.split(r"[:#]", match[1] or match[2])[0]
-        made_or_meant = re.match(r"runs/|\.cache/|[/~]", path) or re.search(r"[<>*{}$…]|N", path)
+        made_or_meant = re.match(r"runs/|\.cache/|[/~]", path) or re.search(r"[<>*{}$…]|\bN", path)
         is_path = path.endswith((".py", ".md")) or "/" in path
         if is_path and not made_or_meant and not any((f / path).exists() for f in folders):
             yield prose.count("\n", 0, match.start()) + 1, f"{path} does not exist"

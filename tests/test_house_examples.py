@@ -118,6 +118,7 @@ BAD = {  # rule -> (file, text) that it must catch
         (README, "see `picotron_lab/unheard_of.py`"),
         (README, "see [this](unheard_of.md#part)"),
         (README, "see `lessons/99_unheard_of/`"),
+        (README, "see `UNHEARD_OF.md`"),
     ],
 }
 GOOD_TECHNIQUE = f'''{HEADER}

@@ -97,6 +97,15 @@ def test_wrong_arguments_are_quoted_to_all():
     assert "rank 1 ended with CommError: all_reduce knows sum, mean, max" in outcomes[0].error
 
 
+def test_a_rank_that_leaves_at_once_is_quoted_to_those_who_still_look_for_it():
+    for _ in range(5):  # whether they do is a matter of luck
+        outcomes = launch(programs.leaves_at_once, 4, timeout=TIMEOUT)
+        assert [o.exit_code for o in outcomes] == [1] * 4
+        assert outcomes[1].error == "ValueError: goodbye"
+        for other in (0, 2, 3):
+            assert "rank 1 ended with ValueError: goodbye." in outcomes[other].stderr
+
+
 # ---- ranks that disagree
 
 
@@ -188,6 +197,15 @@ def kill_launcher(folder):
     return [int(f.read_text()) for f in files]
 
 
+def connect_as_rank_0_of_2(variables):
+    """Without a launcher: what it says."""
+    code = "from picotron_lab.comm import connect\nwith connect(timeout=3): pass"
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", **variables}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, text=True, capture_output=True
+    )
+
+
 # ---- what takes seconds to find out is started at once, and looked at afterwards
 
 SLOW = [
@@ -199,17 +217,22 @@ SLOW = [
     programs.finishes_early,
     programs.wait_for_each_other,
 ]
+LOST = "rank 1 (is lost|gave no sign of life)"  # the call is given up first, or the neighbour
 WAITING = "all_gather #2 on axis world (process_programs.py:"
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
     """What became of the ranks of all programs in SLOW, of torchrun, and of orphans."""
-    with ThreadPoolExecutor(len(SLOW) + 2) as pool:
+    with ThreadPoolExecutor(len(SLOW) + 4) as pool:
         found = {p.__name__: pool.submit(launch, p, 3, timeout=TIMEOUT) for p in SLOW}
         process = torchrun(tmp_path_factory.mktemp("torchrun"), "--standalone")
         found["torchrun"] = pool.submit(process.communicate, timeout=120)
         found["orphans"] = pool.submit(kill_launcher, tmp_path_factory.mktemp("orphans"))
+        file = tmp_path_factory.mktemp("meeting") / "store"
+        point = {"MEETING_POINT": f"file://{file}?rank=0&world_size=2"}
+        for name, variables in {"rank 1 never comes": point, "no launcher": {}}.items():
+            found[name] = pool.submit(connect_as_rank_0_of_2, variables)
     return {name: future.result() for name, future in found.items()}
 
 
@@ -237,7 +260,7 @@ def test_a_rank_is_stopped(ended):
     assert [o.exit_code for o in outcomes] == [1, -signal.SIGKILL, 1]
     for rank in (0, 2):
         assert f"rank {rank} cannot finish {WAITING}" in outcomes[rank].error
-        assert "rank 1 is lost (last sign of life: " in outcomes[rank].error
+        assert re.search(LOST, outcomes[rank].error)
     assert outcomes[1].error == "it did not end and was killed by run_processes."
 
 
@@ -303,6 +326,18 @@ def test_ranks_end_when_their_launcher_is_killed(ended):
     assert not any(map(alive, ended["orphans"]))
 
 
+def test_a_rank_that_never_comes(ended):
+    errors = ended["rank 1 never comes"].stderr
+    assert "rank 0 cannot finish connect #0 on axis world (<string>:2)" in errors
+    assert re.search(LOST, errors)
+
+
+def test_ranks_without_a_launcher(ended):
+    errors = ended["no launcher"].stderr
+    assert "CommError: rank 0 cannot meet the other ranks within 3 s; start all of them" in errors
+    assert "environment variable MASTER_ADDR expected" in errors
+
+
 def test_torchrun(ended):
     """1 + 2 = 3, also when it connects for the second time."""
     out, err = ended["torchrun"]
@@ -324,8 +359,8 @@ def test_torchrun_on_two_nodes(tmp_path):
     """Two launchers on this machine: 1 + 2 + 3 + 4 = 10."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
     nodes = [torchrun(tmp_path, *options) for _ in range(2)]
     outputs = [node.communicate(timeout=180) for node in nodes]
     lines = sorted(line for out, _ in outputs for line in out.splitlines())
