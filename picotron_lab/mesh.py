@@ -10,6 +10,8 @@ Axes    pp pipeline stages        dp replicas of the model      cp parts of the 
                                   and loss; without cp it is the dp axis itself
         expert_replica            ranks of a replica axis that hold the same experts: replica / ep;
                                   without ep it is the replica axis itself
+        kv                        ranks of a tp axis that hold the same key/value head, where there
+                                  are fewer such heads than ranks; else this rank alone
 Source  the order is Megatron-LM's (2104.04473, section 3); ep inside dp follows DeepSpeed-MoE
         (2201.05596)
 Try     print(grid(dp=2, tp=2)) shows the world rank at every coordinate
@@ -37,11 +39,13 @@ class Mesh:
     ep: Axis
     replica: Axis
     expert_replica: Axis
+    kv: Axis
 
     @property
     def axes(self) -> dict[str, Axis]:
         """{name: axis}, as the records of parameters name them."""
-        axes = (self.pp, self.dp, self.cp, self.tp, self.ep, self.replica, self.expert_replica)
+        axes = (self.pp, self.dp, self.cp, self.tp, self.ep)
+        axes += (self.replica, self.expert_replica, self.kv)
         return {axis.name: axis for axis in axes}
 
     def __str__(self) -> str:
@@ -55,8 +59,11 @@ def grid(pp: int = 1, dp: int = 1, cp: int = 1, tp: int = 1) -> np.ndarray:
     return np.arange(pp * dp * cp * tp).reshape(pp, dp, cp, tp)
 
 
-def groups(sizes: MeshConfig) -> dict[str, list[list[int]]]:
-    """For each axis the groups of world ranks that form it; each rank is in one group of each."""
+def groups(sizes: MeshConfig, kv: int = 1) -> dict[str, list[list[int]]]:
+    """For each axis the groups of world ranks that form it; each rank is in one group of each.
+
+    kv  tensor-parallel ranks that share a key/value head
+    """
     ranks = grid(sizes.pp, sizes.dp, sizes.cp, sizes.tp)
     experts = rearrange(ranks, "pp dp cp tp -> pp tp (dp cp)")
     experts = rearrange(experts, "pp tp (outer ep) -> pp tp outer ep", ep=sizes.ep)
@@ -68,18 +75,21 @@ def groups(sizes: MeshConfig) -> dict[str, list[list[int]]]:
         "replica": rearrange(ranks, "pp dp cp tp -> (pp tp) (dp cp)"),
         "ep": rearrange(experts, "pp tp outer ep -> (pp tp outer) ep"),
         "expert_replica": rearrange(experts, "pp tp outer ep -> (pp tp ep) outer"),
+        "kv": rearrange(ranks, "pp dp cp (heads kv) -> (pp dp cp heads) kv", kv=kv),
     }
     return {name: array.tolist() for name, array in lines.items()}
 
 
-def build(world: Axis, sizes: MeshConfig) -> Mesh:
+def build(world: Axis, sizes: MeshConfig, kv_heads: int | None = None) -> Mesh:
     """Cut the world into axes. Every rank calls this, with the same sizes.
 
+    kv_heads  key/value heads of the model; None: as many as there are tensor-parallel ranks
     Raises ConfigError unless pp x dp x cp x tp is world.size.
     """
     sizes.check_world(world.size)
-    members = groups(sizes)
-    axes = {name: world.split(name, members[name]) for name in ("pp", "dp", "cp", "tp", "ep")}
+    members = groups(sizes, max(1, sizes.tp // (kv_heads or sizes.tp)))
+    names = ("pp", "dp", "cp", "tp", "ep", "kv")
+    axes = {name: world.split(name, members[name]) for name in names}
     axes["replica"] = world.split("replica", members["replica"]) if sizes.cp > 1 else axes["dp"]
     axes["expert_replica"] = axes["replica"]
     if sizes.ep > 1:

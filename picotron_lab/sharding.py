@@ -11,7 +11,7 @@ Record  slices      part of the full parameter that this rank holds, (start, sto
 Exact   every *full* parameter is drawn from a generator seeded by (seed, name), then sliced: any
         mesh starts from the weights of one device (Picotron seeds each shard alike, so its ranks
         stay copies for ever).
-Read    Record -> attach -> materialise -> reduce_gradients -> squared_norm
+Read    Record -> attach -> narrow -> materialise -> reduce_gradients -> squared_norm
 """
 
 import hashlib
@@ -56,12 +56,40 @@ def update(parameter: nn.Parameter, **changes: tuple) -> None:
 def replicate(model: nn.Module, axis: Axis) -> None:
     """The ranks of `axis` hold the same parameters and see other tokens: gradients are partial."""
     for parameter in model.parameters():
-        record = parameter.record
-        update(
-            parameter,
-            replicas=(*record.replicas, axis.name),
-            partial=(*record.partial, axis.name),
-        )
+        add_axis(parameter, axis, partial=True)
+
+
+def add_axis(parameter: nn.Parameter, axis: Axis, partial: bool) -> None:
+    """The ranks of `axis` hold the same slices; partial: each computes a part of the gradient."""
+    record = parameter.record
+    update(parameter, replicas=(*record.replicas, axis.name))
+    if partial:
+        update(parameter, partial=(*record.partial, axis.name))
+
+
+def bounds(length: int, parts: int, index: int) -> tuple[int, int]:
+    """(start, stop) of part `index` of `length` things cut into `parts`.
+
+    Parts are ceil(length / parts) long, the last ones shorter or empty.
+    """
+    size = -(-length // parts)
+    return min(index * size, length), min((index + 1) * size, length)
+
+
+def narrow(
+    parameter: nn.Parameter, dim: int, start: int, stop: int, **changes: tuple
+) -> nn.Parameter:
+    """A parameter for start:stop of what `parameter` holds along `dim`; its record says so.
+
+    changes  other fields of the record. Cut on the meta device, before there are weights.
+    """
+    part = parameter.detach().narrow(dim, start, stop - start).clone()
+    shard = nn.Parameter(part, requires_grad=parameter.requires_grad)
+    slices = list(parameter.record.slices)
+    first = slices[dim][0]
+    slices[dim] = (first + start, first + stop)
+    shard.record = replace(parameter.record, slices=tuple(slices), **changes)
+    return shard
 
 
 # ---- initial weights
@@ -103,11 +131,19 @@ def materialise(
 
 
 def reduce_gradients(parameters: Iterable[nn.Parameter], axes: Mapping[str, Axis]) -> None:
-    """Sum every gradient over the axes that hold a part of it: the one rule for all techniques."""
-    for parameter in parameters:
-        for name in parameter.record.partial:
-            if name in axes:
-                axes[name].all_reduce(parameter.grad, "sum", out=parameter.grad)
+    """Sum every gradient over the axes that hold a part of it: the one rule for all techniques.
+
+    partial -> replicated: one all_reduce per axis, for these gradients are few and small (norm
+    weights, replicated heads); data_parallel.py and zero.py serve the axis where they are not.
+    """
+    parameters = list(parameters)
+    for name, axis in axes.items():
+        partial = [p.grad for p in parameters if name in p.record.partial]
+        if axis.size == 1 or not partial:
+            continue
+        total = axis.all_reduce(torch.cat([gradient.flatten() for gradient in partial]))
+        for gradient, part in zip(partial, total.split([g.numel() for g in partial]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 def squared_norm(

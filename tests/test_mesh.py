@@ -9,7 +9,7 @@ from picotron_lab.config import ConfigError, MeshConfig
 from picotron_lab.lab import run_ranks
 from picotron_lab.ledger import Ledger
 
-NAMES = {"pp", "dp", "cp", "tp", "ep", "replica", "expert_replica"}
+NAMES = {"pp", "dp", "cp", "tp", "ep", "replica", "expert_replica", "kv"}
 
 
 def alone(*ranks):
@@ -80,6 +80,7 @@ def test_every_rank_is_in_one_group_of_each_axis(sizes):
     shape = dict(pp=sizes.pp, dp=sizes.dp, cp=sizes.cp, tp=sizes.tp, ep=sizes.ep)
     shape["replica"] = sizes.dp * sizes.cp
     shape["expert_replica"] = sizes.dp * sizes.cp // sizes.ep
+    shape["kv"] = 1
     for name, groups in found.items():
         assert sorted(np.concatenate(groups).tolist()) == list(range(sizes.size)), name
         assert {len(group) for group in groups} == {shape[name]}, name
@@ -107,8 +108,21 @@ def test_build():
     assert text == "pp 1/2 dp 0/2 cp 0/1 tp 1/2 (rank 5)"
     assert ranks == {
         "pp": (1, 5), "dp": (5, 7), "cp": (5,), "tp": (4, 5), "ep": (5, 7), "expert_replica": (5,),
+        "kv": (5,),
     }  # fmt: skip
     assert same  # without cp the replicas of the model are the dp axis
+
+
+def test_ranks_that_share_a_key_value_head():
+    """dp2 tp4 and 2 such heads: tensor-parallel neighbours share one; with 1 head all four do."""
+    assert mesh.groups(MeshConfig(dp=2, tp=4), kv=2)["kv"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+    def where(axis, kv_heads):
+        return mesh.build(axis, MeshConfig(dp=2, tp=4), kv_heads).kv.ranks
+
+    assert run_ranks(where, 8, 2)[5] == (4, 5)
+    assert run_ranks(where, 8, 1)[5] == (4, 5, 6, 7)
+    assert run_ranks(where, 8, 4)[5] == run_ranks(where, 8, 8)[5] == (5,)
 
 
 def test_replicas_with_context_parallelism():

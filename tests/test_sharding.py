@@ -45,10 +45,19 @@ def test_a_shard_is_a_slice_of_the_full_parameter():
     with torch.device("meta"):
         model = Llama(CFG)
     sharding.attach(model)
-    weight = model.layers[0].attention.q.weight
-    sharding.update(weight, slices=((4, 8), (0, 16)))
+    q = model.layers[0].attention.q
+    q.weight = sharding.narrow(q.weight, 0, 4, 12)
+    q.weight = sharding.narrow(q.weight, 0, 2, 6)  # of what is held
+    assert q.weight.record.slices == ((6, 10), (0, 16)) and q.weight.shape == (4, 16)
     sharding.materialise(model, 0, initial_value)
-    assert torch.equal(model.layers[0].attention.q.weight, full[4:8])
+    assert torch.equal(q.weight, full[6:10])
+
+
+def test_parts_are_ceil_sized():
+    assert [sharding.bounds(10, 4, i) for i in range(4)] == [(0, 3), (3, 6), (6, 9), (9, 10)]
+    assert [sharding.bounds(5, 4, i) for i in range(4)] == [(0, 2), (2, 4), (4, 5), (5, 5)]
+    assert [sharding.bounds(2, 4, i) for i in range(4)] == [(0, 1), (1, 2), (2, 2), (2, 2)]
+    assert sharding.bounds(7, 1, 0) == (0, 7)
 
 
 def test_tied_parameters_stay_tied():
@@ -87,6 +96,8 @@ def test_gradients_are_summed_over_their_partial_axes_only():
         for p in (a, b):
             p.grad = torch.tensor([10.0**world.rank])
         sharding.reduce_gradients([a, b], {"dp": dp, "tp": tp})
+        calls = [(call.op, call.axis) for call in world.ledger.calls]
+        assert calls == [("all_reduce", "dp"), ("all_reduce", "tp")], "one call per axis"
         return a.grad.item(), b.grad.item()
 
     assert run_ranks(reduce, 4) == [(101, 1111), (1010, 1111), (101, 1111), (1010, 1111)]
