@@ -9,6 +9,7 @@ Idea    A baton (baton.py) lets exactly one rank run; it changes hands only insi
         once: nobody can run.
 Rules   Each rank has its own random state (torch, numpy, random), as in a process of its own.
         Tensors and modules that several ranks can reach are shared: make them inside the function.
+        A rank's dispatch modes (a memory meter) see its own tensors, not the lab's copies.
         `seed=` fuzzes who runs next: what depends on luck in real life fails here for some seed. A
         send waits for its recv, as it may in real life. An input changed before wait() is an error,
         and so is a call that not every rank made.
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from picotron_lab.alone import Work
 from picotron_lab.baton import Baton
@@ -173,7 +175,8 @@ class Threads:
         if len(slot.parts) == len(self._ranks):
             parts = [slot.parts[r] for r in self._ranks]
             xs, all_counts = [x for x, _ in parts], [c for _, c in parts]
-            slot.results = combine(xs) if counts is None else combine(xs, all_counts)
+            with unmetered():
+                slot.results = combine(xs) if counts is None else combine(xs, all_counts)
             _settle(x)
 
         def collect() -> None:
@@ -240,8 +243,14 @@ def _reduce(xs: list[Tensor], op: str) -> Tensor:
     return total.div_(len(xs)) if op == "mean" else total
 
 
+# Copies lie on the table, and whoever comes last computes for all: memory of the lab, not of that
+# rank, so no dispatch mode of the rank (a meter) may see it.
+unmetered = _disable_current_modes
+
+
 def _copy(x: Tensor) -> Tensor:
-    copy = x.clone()
+    with unmetered():
+        copy = x.clone()
     _settle(x)
     return copy
 

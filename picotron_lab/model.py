@@ -33,7 +33,8 @@ class Llama(nn.Module):
     def __init__(self, cfg: ModelConfig, dropout: float = 0.0):
         super().__init__()
         self.cfg = cfg
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        table = torch.empty(cfg.vocab_size, cfg.hidden_size)  # all weights are drawn later
+        self.embed = nn.Embedding.from_pretrained(table, freeze=False)
         self.embed_dropout = Dropout(dropout, site=0)
         self.layers = nn.ModuleList(Block(cfg, i, dropout) for i in range(cfg.layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
@@ -134,8 +135,7 @@ class AttentionCore(nn.Module):
         scores = wide(einsum(q, k_BTKC, "b t k g c, b s k c -> b k g t s")) / math.sqrt(C)
         future_TS = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
         weights = scores.masked_fill(future_TS, -math.inf).softmax(-1).to(q.dtype)
-        out = einsum(weights, v_BTKC, "b k g t s, b s k c -> b t k g c")
-        return rearrange(out, "b t k g c -> b t (k g) c")
+        return einsum(weights, v_BTKC, "b k g t s, b s k c -> b t k g c").flatten(2, 3)
 
 
 class SwiGLU(nn.Module):

@@ -1,9 +1,27 @@
-"""How much memory was used, as the machine saw it."""
+"""How much memory was used: of one rank by category, and of the machine.
+
+Meter   sees every operation that this thread, so this rank, starts, and remembers the storages that
+        come out until they are freed. It counts bytes that tensors asked for, on CPU and CUDA.
+Not     what a kernel allocates for itself, communication buffers, and what an allocator rounds up
+        or cannot reuse: on a GPU, torch.cuda.max_memory_allocated tells the difference.
+Read    Meter -> label -> watch
+"""
 
 import resource
 import sys
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CATEGORIES = ("parameter", "gradient", "optimizer", "buffer", "activation")
+FRESH = torch.ops.aten.lift_fresh.default  # torch.tensor([...]) shows what it has made as an input
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -12,3 +30,139 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass
+class Counted:
+    """A storage that is alive."""
+
+    storage: weakref.ref
+    category: str
+    bytes: int
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of the storages that this thread makes inside `with Meter() as meter`, by category.
+
+    A storage counts once, however many views it has, from the operation that returns it until its
+    last tensor is gone (also after the `with`). Tensors made before, or by torch.from_numpy, count
+    once they are labelled. What nobody labelled is activation: saved for backward, or a temporary.
+
+    Saved activations: meter.live["activation"] between forward and backward, while the program
+    itself holds no other tensor (the loss counts, with its 4 bytes). Operations in backward and
+    inside autograd Functions are seen; of a custom operator (torch.library), what it returns. A
+    storage that is resized is measured anew when an operation meets it and when `live` is read.
+
+    Not together with FlopCounterMode: it keeps activations alive.
+    Source  a torch dispatch mode per rank, the way of torch.distributed._tools.mem_tracker
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counted: dict[int, Counted] = {}  # by the address of the storage's C++ object
+        self._live = dict.fromkeys(CATEGORIES, 0)
+        self._hooks: list[Any] = []
+        self.reset_peak()
+
+    @property
+    def live(self) -> dict[str, int]:
+        """Bytes alive now, by category."""
+        for counted in list(self._counted.values()):
+            self._measure(counted.storage())
+        return dict(self._live)
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes alive now."""
+        return sum(self.live.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest total after any operation or label."""
+        return sum(self.peak.values())
+
+    def reset_peak(self) -> None:
+        """Forget the peak: it becomes what is alive now."""
+        self.peak = self.live  # by category, as labelled at that moment
+
+    def label(self, category: str, tensors: Iterable[Tensor | None]) -> None:
+        """From now on these tensors' storages count as `category`, wherever they were made.
+
+        A None is skipped: a parameter may have no gradient.
+        """
+        assert category in CATEGORIES, (
+            f"a Meter cannot label tensors '{category}': choose one of {', '.join(CATEGORIES)}."
+        )
+        for tensor in tensors:
+            if tensor is not None:
+                self._count(tensor.untyped_storage(), category)
+        self._note_peak()
+
+    def watch(self, parameters: Iterable[Tensor]) -> None:
+        """Label parameters, and each gradient as soon as backward has accumulated it.
+
+        The gradient may be a tensor that backward made as an activation. Hooks run in the order in
+        which they are registered: watch before anything that takes gradients away in a hook.
+        """
+        parameters = list(parameters)
+        self.label("parameter", parameters)
+        for parameter in parameters:
+            if parameter.requires_grad:
+                hook = parameter.register_post_accumulate_grad_hook(self._label_gradient)
+                self._hooks.append(hook)
+
+    def __exit__(self, *error: Any) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+        super().__exit__(*error)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler, 1.5 s, only to keep out of here
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
+        results = func(*args, **(kwargs or {}))
+        given = {}  # a result in one of these is a view or was written in place
+        if func is not FRESH:
+            given = {s._cdata: s for s in _storages((args, kwargs))}
+        for storage in given.values():
+            self._measure(storage)
+        for storage in _storages(results):
+            if storage._cdata not in given:
+                self._count(storage, None)
+        self._note_peak()
+        return results
+
+    def _label_gradient(self, parameter: Tensor) -> None:
+        self.label("gradient", [parameter.grad])
+
+    def _count(self, storage: torch.UntypedStorage, category: str | None) -> None:
+        """Begin to count a storage, or change its category; None: what it is, else activation."""
+        key = storage._cdata
+        if key not in self._counted:
+            ref = weakref.ref(storage, partial(self._forget, key))
+            self._counted[key] = Counted(ref, category or "activation", 0)
+        counted = self._counted[key]
+        self._live[counted.category] -= counted.bytes
+        counted.category, counted.bytes = category or counted.category, storage.nbytes()
+        self._live[counted.category] += counted.bytes
+
+    def _measure(self, storage: torch.UntypedStorage | None) -> None:
+        """Its size may have changed, if it is one that counts."""
+        if storage is not None and storage._cdata in self._counted:
+            self._count(storage, None)
+
+    def _forget(self, key: int, _: weakref.ref) -> None:
+        freed = self._counted.pop(key)
+        self._live[freed.category] -= freed.bytes
+
+    def _note_peak(self) -> None:
+        if sum(self._live.values()) > self.peak_bytes:
+            self.peak = dict(self._live)
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    """The storages of all dense tensors in nested lists, tuples and dicts."""
+    leaves = tree_leaves(tree)
+    dense = (x for x in leaves if isinstance(x, Tensor) and x.layout is torch.strided)
+    return [x.untyped_storage() for x in dense]

@@ -1,0 +1,120 @@
+"""Saved activations: the bytes that forward leaves for backward, as closed forms.
+
+Paper   Korthikanti et al. 2022, section 4 (2205.05198). For GPT in 16 bit, one layer:
+            s b h (34 + 5 a s / h)        tensor parallel:    s b h (10 + 24 / t + 5 a s / (h t))
+            + sequence parallel: all / t                      selective: without 5 a s / h
+Ours    the same count for the plain path of model.py, where every operator keeps what torch keeps.
+        e: bytes of an element, w: the same, but at least 4 (model.py's `wide`); N = B T tokens.
+        operator                 keeps for backward                           bytes
+        RMSNorm, both of them    its input, widened; 1/rms of each token      w N D + w N
+                                 x / rms, for the weight; its result, for     2 e N D
+                                 the matmul that follows
+        Rotate                   q's and k's cos and sin, unless float32      4 e T C
+        q k^T                    q and k, turned                              e N (H + K) C
+        mask                     which scores lie in the future               T T
+        softmax                  the weights, wide                            w B H T T
+        weights v                the weights, narrowed or reordered; v        e B H T T + e N K C
+        o                        its input                                    e N H C
+        SwiGLU, down             gate, silu(gate), up, their product          4 e N F
+        Dropout, both of them    which elements stay, 1 byte each             N D
+        In float32 with H = K, softmax and `weights v` keep the same tensor: count it once.
+        In bfloat16 with H C = D, D = h, H = a: s b h (22 + 4 K/H + 8 F/D + 6 a s / h), where 22 is
+        16 for norms, 4 for q and o, 2 for dropout. GPT's 34 is 11 for attention, 19 for the MLP, 4
+        for norms; its 5 a s / h a softmax of 16 bit, dropout of it, and its mask.
+n ranks tensor parallel: H/n, K/n (at least 1) and F/n. Sequence parallel also: norms and dropout
+        N/n; the matmuls that follow a norm keep its shard and gather it again in backward.
+Dims    as in model.py
+Tests   tests/test_activations.py: equal to what the meter of memory.py sees, to the byte
+"""
+
+from dataclasses import dataclass
+
+from picotron_lab.config import ModelConfig
+
+ANGLE_BYTES = 4  # an element of rotary_angles is float32, whatever the model is
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A micro-batch on one of n tensor-parallel ranks; of uneven parts, the largest counts."""
+
+    batch: int  # B
+    sequence: int  # T
+    element: int  # bytes: 2 for bfloat16, 4 for float32, 8 for float64
+    dropout: bool = False
+    ranks: int = 1  # n
+    sequence_parallel: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """N, which every rank sees in attention and MLP."""
+        return self.batch * self.sequence
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens that a rank holds between these regions."""
+        return self.batch * _part(self.sequence, self.ranks if self.sequence_parallel else 1)
+
+    @property
+    def wide(self) -> int:
+        """Bytes of an element in which sums over many are taken."""
+        return max(self.element, 4)
+
+
+def layer_bytes(cfg: ModelConfig, at: Setting, recompute: str = "none") -> dict[str, int]:
+    """Bytes that one dense layer keeps, by operator: the table above.
+
+    recompute  none | selective: nothing between q, k, v and the mixed values | full: the input only
+    """
+    assert cfg.experts == 0, (
+        f"what {cfg.experts} experts keep depends on the routing: ask for a model without experts."
+    )
+    e, N, own, D, C = at.element, at.tokens, at.own_tokens, cfg.hidden_size, cfg.head_width
+    if recompute == "full":
+        return {"input": e * own * D}
+    H, K, F = cfg.heads // at.ranks, max(1, cfg.kv_heads // at.ranks), _part(cfg.ffn_size, at.ranks)
+    return {
+        "norms": 2 * norm_bytes(cfg, at),
+        "angles": 0 if e == ANGLE_BYTES else 4 * e * at.sequence * C,
+        "q, k, v": e * N * (H + 2 * K) * C,
+        "scores": 0 if recompute == "selective" else _score_bytes(at, H, K),
+        "mixed values": e * N * H * C,
+        "mlp": 4 * e * N * F,
+        "dropout": 2 * own * D if at.dropout else 0,
+    }
+
+
+def norm_bytes(cfg: ModelConfig, at: Setting) -> int:
+    """Bytes that an RMSNorm and the matmuls after it keep."""
+    own, D = at.own_tokens, cfg.hidden_size
+    return at.wide * own * D + at.wide * own + 2 * at.element * own * D
+
+
+def rest_bytes(cfg: ModelConfig, at: Setting, recompute: str = "none") -> dict[str, int]:
+    """Bytes kept outside the layers of a plain model on one rank, with its loss."""
+    assert at.ranks == 1, f"{at.ranks} ranks share the head in several ways: ask for one rank."
+    angles = 2 * ANGLE_BYTES * at.sequence * cfg.head_width
+    return {
+        "dropout of embedding": at.tokens * cfg.hidden_size if at.dropout else 0,
+        "angles": angles if at.element == ANGLE_BYTES or recompute == "full" else 0,
+        "last norm": norm_bytes(cfg, at),
+        "log probabilities": at.wide * at.tokens * cfg.vocab_size,
+        "loss and its divisor": 2 * at.wide,
+    }
+
+
+def model_bytes(cfg: ModelConfig, at: Setting, recompute: str = "none") -> int:
+    """Bytes that forward of a whole plain model leaves for backward, on one rank."""
+    layer, rest = layer_bytes(cfg, at, recompute), rest_bytes(cfg, at, recompute)
+    return cfg.layers * sum(layer.values()) + sum(rest.values())
+
+
+def _score_bytes(at: Setting, H: int, K: int) -> int:
+    """The mask, the softmax, and what the product with v keeps of it."""
+    shared = at.element == at.wide and H == K
+    squares = at.batch * H * at.sequence**2
+    return at.sequence**2 + squares * (at.wide + (0 if shared else at.element))
+
+
+def _part(length: int, parts: int) -> int:
+    return -(-length // parts)
