@@ -2,12 +2,14 @@
 
 Runs as a program of its own, because a kernel decorated under TRITON_INTERPRET=1 cannot be
 compiled. Per case: registers per thread, bytes of stack and local memory (spilled registers), and
-how often the machine code's PTX names each kind of global load and store.
+how often the machine code's PTX names each kind of global load and store. The argument "vocab" asks
+for the vocabulary kernels, otherwise all others are compiled.
 """
 
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -16,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from picotron_lab.kernels import norm, rope, swiglu
+from picotron_lab.kernels import norm, rope, swiglu, vocab
 
 BF16, FP32 = "*bf16", "*fp32"
 
@@ -67,6 +69,22 @@ def swiglu_cases() -> dict:
     return cases
 
 
+def vocab_cases() -> dict:
+    """Shards of large vocabularies, logits and probabilities, and a width that is odd."""
+    cases = {}
+    for dtype, width in ((BF16, 16032), (BF16, 131072), (FP32, 16032), (BF16, 6283)):
+        block, warps = vocab._block_and_warps(width)
+        constants, odd = {"V": width, "BLOCK": block}, " odd length" if width % 8 else ""
+        types = {"y_ptr": dtype, "label_ptr": "*i64", "out_ptr": FP32, "n_rows": "i32"}
+        types |= dict.fromkeys(("m_ptr", "f_ptr", "c_ptr"), FP32)
+        kernels = (("statistics", vocab._statistics_kernel), ("gradient", vocab._gradient_kernel))
+        for name, kernel in kernels:
+            cases[f"{name} {dtype} {width}{odd}"] = (kernel, types, constants, warps)
+        scaled = vocab._gradient_kernel, types, constants | {"m_ptr": None}, warps
+        cases[f"scale {dtype} {width}{odd}"] = scaled
+    return cases
+
+
 def compile_case(kernel, types: dict, constants: dict, warps: int) -> dict:
     """Compile as Triton's launcher would for 16-byte aligned tensors; return the facts."""
     names = kernel.arg_names
@@ -97,5 +115,6 @@ def resource_usage(cubin: bytes) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    everything = norm_cases() | rope_cases() | swiglu_cases()
+    others = norm_cases() | rope_cases() | swiglu_cases()
+    everything = vocab_cases() if "vocab" in sys.argv[1:] else others
     print(json.dumps({name: compile_case(*case) for name, case in everything.items()}))
