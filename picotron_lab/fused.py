@@ -54,7 +54,7 @@ def fuse(model: Llama) -> None:
 
 def has_kernel(x: Tensor) -> bool:
     """Whether the Triton kernels serve this tensor."""
-    return x.is_cuda and x.dtype != torch.float64
+    return x.is_cuda and x.dtype != torch.float64 and x.numel() > 0
 
 
 class FusedBlock(nn.Module):
