@@ -3,6 +3,7 @@
 python run.py                                train a tiny model on this Python's own library
 python run.py --ranks 4                      the same with 4 data-parallel ranks as threads
 torchrun --nproc-per-node 4 run.py --dp 4    the same with 4 processes, one per GPU if any
+torchrun --nproc-per-node 4 run.py --tp 2 --sequence-parallel --zero 1
 python run.py verify                         every technique beside one device
 """
 
@@ -22,7 +23,7 @@ from picotron_lab.diagnose import TrainingError
 from picotron_lab.lab import run_ranks
 from picotron_lab.ledger import CommError
 from picotron_lab.session import train
-from picotron_lab.verify import verify
+from picotron_lab.verify import cases, sample, verify
 
 COMMANDS = ("train", "verify", "export", "import")
 SEVERAL_NODES = """
@@ -60,6 +61,7 @@ TRAIN_OPTIONS = {
     "--weight-decay": (float, "of matrices; norm weights do not decay"),
     "--clip": (float, "largest gradient norm, 0 for no limit"),
     "--dropout": (float, "share of the residual stream's updates that is zeroed"),
+    "--recompute": (str, "activations that backward computes again: none, selective or full"),
     "--dtype": (str, "float32, float64, or bfloat16 with float32 masters (slow on most CPUs)"),
     "--reduce-dtype": (str, "dtype of gradients on the wire (default: as they are accumulated)"),
     "--impl": (str, "plain (to be read) or fused (to be fast)"),
@@ -106,9 +108,7 @@ def train_parser() -> Parser:
     model.add_argument("--tied", action="store_true", help="output layer shares the embedding")
     for option, (kind, text) in MODEL_OPTIONS.items():
         model.add_argument(option, type=kind, help=text, metavar="N")
-    mesh = parser.add_argument_group("mesh")
-    mesh.add_argument("--dp", type=int, metavar="N", help="data-parallel ranks (default: all)")
-    mesh.add_argument("--ranks", type=int, metavar="N", help="N ranks as threads of this process")
+    add_mesh_options(parser)
     training = parser.add_argument_group("training")
     defaults = TrainConfig()
     for option, (kind, text) in TRAIN_OPTIONS.items():
@@ -120,6 +120,27 @@ def train_parser() -> Parser:
         help="go on from a checkpoint (default: the newest one in --save-dir, if there is any)",
     )  # fmt: skip
     return parser
+
+
+def add_mesh_options(parser: Parser) -> None:
+    """How ranks are arranged, and what is split over them."""
+    mesh = parser.add_argument_group("mesh")
+    mesh.add_argument("--dp", type=int, metavar="N", help="data-parallel ranks (default: all)")
+    mesh.add_argument(
+        "--zero", type=int, metavar="STAGE",
+        help="share out over dp: 1 optimizer state, 2 also gradients, 3 also weights (default: 0)",
+    )
+    mesh.add_argument("--tp", type=int, metavar="N", help="tensor-parallel ranks (default: 1)")
+    mesh.add_argument(
+        "--sequence-parallel", action="store_true",
+        help="between tensor-parallel regions each rank has 1/tp of the sequence",
+    )
+    mesh.add_argument(
+        "--vocab-parallel", metavar="STR",
+        help="output layer over tp: naive, algorithm 1, algorithm 2, or none, which gathers all "
+        "logits (default: naive for plain, 2 for fused)",
+    )
+    mesh.add_argument("--ranks", type=int, metavar="N", help="N ranks as threads of this process")
 
 
 def find_checkpoint(given: dict) -> checkpoint.Manifest | None:
@@ -186,7 +207,8 @@ def choose_ranks(given: dict) -> tuple[int, MeshConfig]:
     """How many ranks there are, and their mesh."""
     config.check_ranks(given.get("ranks"), launched="RANK" in os.environ)
     ranks = given.get("ranks") or int(os.environ.get("WORLD_SIZE", "1"))
-    mesh_cfg = MeshConfig(dp=given.get("dp", ranks))
+    dp = given.get("dp", max(1, ranks // max(1, given.get("tp", 1))))
+    mesh_cfg = choose(MeshConfig, given, MeshConfig(dp=dp))
     mesh_cfg.check_world(ranks)
     return ranks, mesh_cfg
 
@@ -207,7 +229,7 @@ def run_train(arguments: list[str]) -> None:
     cfg = choose_options(given, manifest)
     model_cfg = choose_model(given, manifest)
     ranks, mesh_cfg = choose_ranks(given)
-    cfg.micro_batches(mesh_cfg.dp)
+    config.check_run(model_cfg, mesh_cfg, cfg)
     if manifest:
         state.check_resume(manifest, model_cfg, cfg)
     cfg = choose_files(cfg, manifest is not None)
@@ -222,9 +244,11 @@ def run_verify(arguments: list[str]) -> int:
     """run.py verify: exit code 0 if every row equals one device."""
     parser = Parser("run.py verify", description="Compare every technique with one device.")
     parser.add_argument("--json", action="store_true", help="rows as JSON")
-    as_json = parser.parse_args(arguments).json
-    rows = verify(show=(lambda line: None) if as_json else print)
-    if as_json:
+    parser.add_argument("--all", action="store_true", help="also 40 random products of everything")
+    args = parser.parse_args(arguments)
+    chosen = [*cases(), *sample(40)] if args.all else cases()
+    rows = verify(chosen, show=(lambda line: None) if args.json else print)
+    if args.json:
         print(json.dumps([row.as_dict() for row in rows], indent=1))
     return 0 if all(row.good for row in rows) else 1
 

@@ -1,6 +1,6 @@
 """Tokens per second on this machine's CPU: the real run.py, a fresh process for every row.
 
-    python benchmarks/cpu.py                                     all rows, about six minutes
+    python benchmarks/cpu.py                                     all rows, about ten minutes
     python benchmarks/cpu.py --only peer-plain peer-fused
 
 Each row trains on random tokens with Zipf's frequencies and reads `tokens_per_second` of every step
@@ -46,6 +46,16 @@ ROWS = {
     "peer-fused": Row(1, 1, 4096, f"{PEER} --global-batch-size 8 --impl fused"),
     "peer-fused-2-threads": Row(1, 2, 4096, f"{PEER} --global-batch-size 8 --impl fused"),
     "peer-fused-dp2": Row(2, 1, 4096, f"{PEER} --global-batch-size 16 --impl fused"),
+    "peer-plain-tp2": Row(2, 1, 4096, f"{PEER} --global-batch-size 8 --impl plain --tp 2"),
+    "peer-fused-tp2": Row(2, 1, 4096, f"{PEER} --global-batch-size 8 --impl fused --tp 2"),
+    "peer-fused-tp2-sp": Row(
+        2, 1, 4096, f"{PEER} --global-batch-size 8 --impl fused --tp 2 --sequence-parallel"
+    ),
+    "peer-fused-zero1": Row(2, 1, 4096, f"{PEER} --global-batch-size 16 --impl fused --zero 1"),
+    "peer-fused-zero3": Row(2, 1, 4096, f"{PEER} --global-batch-size 16 --impl fused --zero 3"),
+    "peer-fused-recompute": Row(
+        1, 1, 4096, f"{PEER} --global-batch-size 8 --impl fused --recompute full"
+    ),
     "tiny-plain": Row(1, CORES, 256, "--model tiny --impl plain"),
     "tiny-fused": Row(1, CORES, 256, "--model tiny --impl fused"),
     "small-plain": Row(1, CORES, 256, "--model small --global-batch-size 8 --impl plain"),
@@ -57,6 +67,12 @@ RATIOS = (  # (what is compared, faster row, slower row)
     ("fused over plain, small", "small-fused", "small-plain"),
     ("2 threads over 1", "peer-fused-2-threads", "peer-fused"),
     ("2 processes (dp) over 1", "peer-fused-dp2", "peer-fused"),
+    ("2 processes (tp) over 1", "peer-fused-tp2", "peer-fused"),
+    ("fused over plain, tp", "peer-fused-tp2", "peer-plain-tp2"),
+    ("sequence parallelism over tp alone", "peer-fused-tp2-sp", "peer-fused-tp2"),
+    ("ZeRO-1 over dp", "peer-fused-zero1", "peer-fused-dp2"),
+    ("ZeRO-3 over dp", "peer-fused-zero3", "peer-fused-dp2"),
+    ("full recomputation over none", "peer-fused-recompute", "peer-fused"),
 )
 
 

@@ -68,7 +68,7 @@ class Nobody(Alone):
 
     def all_gather(self, call: Call, out: Tensor, x: Tensor) -> Work:
         if x.numel() > 0:
-            out.view(-1, *x.shape).copy_(x)
+            out.view(-1, *x.shape).copy_(x.clone())  # x may lie in out
         return Done()
 
     def reduce_scatter(self, call: Call, out: Tensor, x: Tensor, op: str) -> Work:

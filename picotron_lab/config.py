@@ -15,6 +15,8 @@ DTYPES = ("float32", "bfloat16", "float64")
 IMPLS = ("plain", "fused")
 OPTIMIZERS = ("adamw", "sgd")
 DP_STEPS = ("naive", "overlapped", "bucketed", "silent")
+VOCABULARY = ("none", "naive", "1", "2")
+RECOMPUTE = ("none", "selective", "full")
 
 
 class ConfigError(Exception):
@@ -134,22 +136,51 @@ def model_from_file(path: str) -> ModelConfig:
 # ---- the mesh
 
 
+MESH_RANGES = {"zero": (0, 3, 1), **dict.fromkeys(("pp", "dp", "cp", "tp", "ep"), (1, 2**20, 1))}
+
+
 @dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; ep lies inside dp x cp."""
+    """Sizes of the mesh axes, ep inside dp x cp; and what else is split over them."""
 
     pp: int = 1
     dp: int = 1
     cp: int = 1
     tp: int = 1
     ep: int = 1
+    zero: int = 0  # stage of ZeRO, over dp x cp
+    sequence_parallel: bool = False  # over tp
+    vocab_parallel: str = ""  # over tp; empty: naive for plain, 2 for fused
 
     def __post_init__(self) -> None:
-        _require_ranges(self, dict.fromkeys(("pp", "dp", "cp", "tp", "ep"), (1, 2**20, 1)))
+        _require_ranges(self, MESH_RANGES)
         _require(
             self.dp * self.cp % self.ep == 0,
             f"--ep {self.ep} must divide --dp {self.dp} times --cp {self.cp}; try --ep 1.",
         )
+        _require(
+            self.zero == 0 or self.dp * self.cp > 1,
+            f"--zero {self.zero} shares weights out among data-parallel ranks, and there is one; "
+            "add --dp 2, or leave --zero out.",
+        )
+        _require(
+            not self.sequence_parallel or self.tp > 1,
+            "--sequence-parallel shares the sequence out among tensor-parallel ranks, and there is "
+            "one; add --tp 2, or leave it out.",
+        )
+        _require(
+            self.vocab_parallel in ("", *VOCABULARY),
+            f"--vocab-parallel {self.vocab_parallel} is not one of {', '.join(VOCABULARY)}.",
+        )
+        _require(
+            self.vocab_parallel in ("", "none") or self.tp > 1,
+            f"--vocab-parallel {self.vocab_parallel} shares the vocabulary out among "
+            "tensor-parallel ranks, and there is one; add --tp 2, or leave it out.",
+        )
+
+    def vocabulary(self, impl: str) -> str:
+        """How the output layer is split over tp: none (logits gathered), naive, 1 or 2."""
+        return self.vocab_parallel or {"plain": "naive", "fused": "2"}[impl]
 
     @property
     def size(self) -> int:
@@ -217,6 +248,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip: float = 1.0  # 0: no clipping
     dropout: float = 0.0
+    recompute: str = "none"
     dtype: str = "float32"
     reduce_dtype: str = ""  # dtype of gradients on the wire; empty: as they are accumulated
     impl: str = "fused"
@@ -244,7 +276,7 @@ class TrainConfig:
     def _check_choices(self) -> None:
         choices = {
             "optimizer": OPTIMIZERS, "dtype": DTYPES, "impl": IMPLS,
-            "reduce_dtype": ("", *DTYPES), "dp_step": ("", *DP_STEPS),
+            "reduce_dtype": ("", *DTYPES), "dp_step": ("", *DP_STEPS), "recompute": RECOMPUTE,
         }  # fmt: skip
         for field, allowed in choices.items():
             value, option = getattr(self, field), _option(field)
@@ -257,10 +289,11 @@ class TrainConfig:
             f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr:g}; "
             f"try --min-lr {self.lr / 10:g}.",
         )
+        buckets = "--dp-step silent" if self.dp_step else "--impl fused"
         _require(
             not self.reduce_dtype or self.sync_step in ("bucketed", "silent"),
             f"--reduce-dtype {self.reduce_dtype} needs buckets, which --dp-step {self.sync_step} "
-            "has not; try --dp-step silent.",
+            f"has not; try {buckets}.",
         )
         _require(
             self.save_every == 0 or self.save_dir is not None,
@@ -292,3 +325,50 @@ class TrainConfig:
             f"try --global-batch-size {max(1, self.global_batch_size // share) * share}.",
         )
         return self.global_batch_size // share
+
+
+def check_run(model: ModelConfig, mesh: MeshConfig, cfg: TrainConfig) -> None:
+    """What model, mesh and training ask of each other."""
+    cfg.micro_batches(mesh.dp * mesh.cp)
+    _require(
+        not (mesh.zero and cfg.dp_step),
+        f"--dp-step {cfg.dp_step} sums gradients on every rank, and --zero {mesh.zero} has its own "
+        "way; leave --dp-step out.",
+    )
+    longer = -(-cfg.sequence_length // mesh.tp) * mesh.tp
+    _require(
+        not mesh.sequence_parallel or cfg.sequence_length == longer,
+        f"--sequence-length {cfg.sequence_length} must be a multiple of --tp {mesh.tp} with "
+        f"--sequence-parallel; try --sequence-length {longer}.",
+    )
+    if mesh.tp > 1:
+        _check_tensor_parallel(model, mesh, cfg)
+
+
+def _check_tensor_parallel(model: ModelConfig, mesh: MeshConfig, cfg: TrainConfig) -> None:
+    tp, heads, kv_heads = mesh.tp, model.heads, model.kv_heads
+    divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0 and _shares(kv_heads, n)]
+    advice = f"try --tp {' or '.join(divisors[-2:])}"
+    _require(
+        heads % tp == 0, f"--tp {tp} must divide the model's {heads} attention heads; {advice}."
+    )
+    _require(
+        _shares(kv_heads, tp),
+        f"--tp {tp} must divide the model's {kv_heads} key/value heads, or be a multiple of their "
+        f"number; {advice}.",
+    )
+    _require(
+        model.vocab_size == 0 or model.vocab_size >= tp,
+        f"--tp {tp} splits a vocabulary of {model.vocab_size}, which has too few entries; try "
+        f"--tp {max(1, model.vocab_size)} or a larger --vocab-size.",
+    )
+    _require(
+        not model.tied or mesh.vocabulary(cfg.impl) != "none",
+        f"--vocab-parallel none cannot split an output layer that is tied to the embedding over "
+        f"--tp {tp}; try --vocab-parallel 2.",
+    )
+
+
+def _shares(kv_heads: int, tp: int) -> bool:
+    """Each rank has whole key/value heads, or whole groups of ranks share one."""
+    return kv_heads % tp == 0 or tp % kv_heads == 0

@@ -42,7 +42,12 @@ def parallelize(model: nn.Module, axis: Axis) -> None:
 
 
 class Synchroniser(Protocol):
-    """How the gradients of one step are summed; afterwards `parameter.grad` is the whole sum."""
+    """How the gradients of one step are summed; afterwards `shard.grad` is the whole sum.
+
+    shards  what this rank's optimizer steps: here whole parameters, with ZeRO a part of each
+    """
+
+    shards: Sequence[nn.Parameter]
 
     def begin_step(self) -> None:
         """Gradients are zero."""
@@ -53,15 +58,19 @@ class Synchroniser(Protocol):
     def finish(self) -> None:
         """partial -> replicated (all_reduce, 4Ψ): all ranks hold the same gradients."""
 
+    def publish(self) -> None:
+        """The optimizer has stepped the shards; here they are the parameters, so that is all."""
+
 
 # ---- 2. plain path
 
 
-class Naive:
+class Naive(Synchroniser):
     """Step 1: when all backwards are over, all-reduce one gradient after the other."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], axis: Axis):
-        self.parameters, self.axis = parameters, axis
+        self.shards = self.parameters = parameters
+        self.axis = axis
 
     def begin_step(self) -> None:
         for parameter in self.parameters:
@@ -75,7 +84,7 @@ class Naive:
             self.axis.all_reduce(parameter.grad, "sum", out=parameter.grad)
 
 
-class Overlapped:
+class Overlapped(Synchroniser):
     """Step 2: a hook starts each gradient's all-reduce while backward computes the earlier layers.
 
     The hook runs after the gradient was accumulated and gets the *parameter*: the gradient is in
@@ -84,7 +93,8 @@ class Overlapped:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], axis: Axis):
-        self.parameters, self.axis = parameters, axis
+        self.shards = self.parameters = parameters
+        self.axis = axis
         self.under_way: list[tuple[nn.Parameter, Handle]] = []
         self.totals: dict[nn.Parameter, Tensor] = {}
         for parameter in parameters:
@@ -144,7 +154,7 @@ class Bucket:
         self.reduced = None
 
 
-class Bucketed:
+class Bucketed(Synchroniser):
     """Step 3: a bucket leaves when its last gradient is there.
 
     Buckets are filled in the order in which backward produces gradients, last layer first, and
@@ -159,7 +169,8 @@ class Bucketed:
         bucket_bytes: float = 64 * MIB,
         reduce_dtype: torch.dtype | None = None,
     ):
-        self.axis, self.dtype = axis, reduce_dtype or parameters[0].grad_dtype
+        self.shards, self.axis = parameters, axis
+        self.dtype = reduce_dtype or parameters[0].grad_dtype
         self.buckets = [Bucket(group) for group in group_by_size(parameters, bucket_bytes)]
         self.owner = {p: bucket for bucket in self.buckets for p in bucket.parameters}
         self.waiting: list[Bucket] = []  # buckets of the current backward that have not left

@@ -16,7 +16,8 @@ class TrainingError(Exception):
 
 def not_finite(loss: float, step: int, model: nn.Module, batches: list[tuple]) -> TrainingError:
     """The error for a NaN or infinite loss; it names the first module with such an output."""
-    culprits = (first_bad_module(model, batch) for batch in batches)
+    # all batches, also when the first tells: ranks that share the model run it together
+    culprits = [first_bad_module(model, batch) for batch in batches]
     culprit = next(filter(None, culprits), None)
     where = (
         f"module {culprit} is the first with such an output"
@@ -49,23 +50,37 @@ def first_bad_module(model: nn.Module, batch: tuple) -> str | None:
     return found[0] if found else None
 
 
-def out_of_memory(parameters: Sequence[nn.Parameter], device: torch.device) -> TrainingError:
-    """The error for a full GPU: which category is too large, and what to change."""
-    state = sum(p.numel() * bytes_of_state(p) for p in parameters) / GIB
+def out_of_memory(
+    parameters: Sequence[nn.Parameter],
+    shards: Sequence[nn.Parameter],
+    zero: int,
+    device: torch.device,
+) -> TrainingError:
+    """The error for a full GPU: which category is too large, and what to change.
+
+    parameters  of the model on this rank        shards  what its optimizer steps
+    """
+    state = state_bytes(parameters, shards, zero) / GIB
     room = torch.cuda.get_device_properties(device).total_memory / GIB
     if state > room:
         return TrainingError(
             f"out of memory: weights, gradients and optimizer need {state:.1f} GiB of the GPU's "
-            f"{room:.1f}; choose a smaller --model."
+            f"{room:.1f}; share them out (--zero 3, --tp 2) or choose a smaller --model."
         )
     return TrainingError(
         f"out of memory: activations do not fit beside the {state:.1f} GiB of weights, "
-        f"gradients and optimizer in the GPU's {room:.1f} GiB; halve --micro-batch-size."
+        f"gradients and optimizer in the GPU's {room:.1f} GiB; halve --micro-batch-size, or try "
+        "--recompute full."
     )
 
 
-def bytes_of_state(parameter: nn.Parameter) -> int:
-    """Bytes per element of weight, gradient and AdamW: 16, or 18 for bf16 (see precision.py)."""
-    if is_narrow(parameter.dtype):
-        return parameter.itemsize + 4 * 4
-    return 4 * parameter.itemsize
+def state_bytes(
+    parameters: Sequence[nn.Parameter], shards: Sequence[nn.Parameter], zero: int
+) -> int:
+    """Weights, gradients and AdamW with its float32 masters: 16 bytes per parameter, 18 for bf16,
+    where nothing is sharded (see precision.py, zero.py)."""
+    width = max(4, parameters[0].itemsize)
+    weights = sum(p.nbytes for p in parameters)
+    gradients = width * sum(p.numel() for p in (parameters if zero < 2 else shards))
+    per_shard = 2 * width + (width if is_narrow(parameters[0].dtype) else 0)
+    return weights + gradients + per_shard * sum(p.numel() for p in shards)

@@ -39,13 +39,17 @@ def train(
             if "validation_loss" in metrics:
                 log.say(f"step {metrics['step']}: validation loss {metrics['validation_loss']:.4f}")
     except torch.OutOfMemoryError:
-        raise diagnose.out_of_memory(trainer.parameters, trainer.device) from None
+        parameters = list(trainer.model.parameters())
+        raise diagnose.out_of_memory(
+            parameters, trainer.parameters, mesh_cfg.zero, trainer.device
+        ) from None
     finally:
         log.close()
-    if world.rank == 0:
-        if cfg.sample_tokens:
-            prompt, continuation = write_sample(trainer)
+    if cfg.sample_tokens and (world.rank == 0 or mesh_cfg.tp > 1 or mesh_cfg.zero == 3):
+        prompt, continuation = write_sample(trainer)  # ranks that share weights write together
+        if world.rank == 0:
             print(f"\n--- the model goes on from the held-out text\n{prompt}|{continuation}\n---")
+    if world.rank == 0:
         print(f"metrics: {log.path}")
 
 

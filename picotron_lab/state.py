@@ -21,6 +21,7 @@ from picotron_lab.checkpoint import Manifest
 from picotron_lab.comm import Alone, Axis
 from picotron_lab.config import ConfigError, ModelConfig, TrainConfig
 from picotron_lab.ledger import Ledger
+from picotron_lab.precision import is_narrow
 from picotron_lab.sharding import Record
 
 Pieces = list[tuple[Record, Tensor]]
@@ -41,12 +42,9 @@ def save(trainer: Any, step: int) -> Path:
 def load(trainer: Any, manifest: Manifest) -> None:
     """Go on from a checkpoint, written by any mesh, as if the run had never stopped."""
     wanted: Pieces = []
-    masters = dict(zip(trainer.parameters, trainer.masters.weights, strict=True))
-    for parameter in trainer.model.parameters():
-        weight = masters.get(parameter, parameter)
-        wanted.append((best_source(weight.record, manifest), weight.detach()))
-        if weight is not parameter:
-            wanted.append((parameter.record, parameter.detach()))
+    for weight in (*trainer.model.parameters(), *trainer.masters.weights):
+        record = weight.record if is_narrow(weight.dtype) else best_source(weight.record, manifest)
+        wanted.append((record, weight.detach()))
     if manifest.step > 0:
         wanted += optim.moments(trainer.optimizer)
         optim.set_step_count(trainer.optimizer, manifest.step)

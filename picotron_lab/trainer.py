@@ -8,7 +8,7 @@ Step    deal rows of the global batch -> F, BW per micro-batch -> R reduce gradi
         update -> log
 Exact   any mesh gives the same loss, gradients and weights: tests/test_trainer.py
 Dims    as in model.py
-Read    build_model -> OneStage -> Trainer.train_step -> Trainer.fit
+Read    build.py -> OneStage -> Trainer.train_step -> Trainer.fit
 """
 
 import math
@@ -21,31 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from picotron_lab import corpus, data, data_parallel, mesh, optim, precision, sharding, state
+from picotron_lab import corpus, data, data_parallel, mesh, optim, precision, sharding, state, zero
 from picotron_lab.analysis import cost, hardware, memory
+from picotron_lab.build import build_model
 from picotron_lab.comm import Axis
-from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig
+from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig, check_run
 from picotron_lab.diagnose import TrainingError, not_finite
 from picotron_lab.dropout import Where
-from picotron_lab.fused import fuse
-from picotron_lab.model import IGNORED, Llama, initial_value
+from picotron_lab.model import IGNORED
 from picotron_lab.schedules.actions import Action, last_backwards
 from picotron_lab.schedules.basic import accumulation
-
-
-def build_model(
-    model_cfg: ModelConfig, cfg: TrainConfig, axes: mesh.Mesh, device: torch.device
-) -> Llama:
-    """Plain model on the meta device -> parallelized -> fused -> this rank's weights."""
-    with torch.device("meta"):
-        model = Llama(model_cfg, cfg.dropout)
-    sharding.attach(model)
-    data_parallel.parallelize(model, axes.replica)
-    if cfg.impl == "fused":
-        fuse(model)
-    dtype = precision.DTYPES[cfg.dtype]
-    sharding.materialise(model, cfg.seed, initial_value, device, dtype)
-    return model
 
 
 class OneStage:
@@ -84,20 +69,22 @@ class Trainer:
     """Everything one rank needs to train, to save and to go on."""
 
     def __init__(self, model_cfg: ModelConfig, mesh_cfg: MeshConfig, cfg: TrainConfig, world: Axis):
-        self.cfg, self.mesh = cfg, mesh.build(world, mesh_cfg)
+        self.cfg, self.mesh = cfg, mesh.build(world, mesh_cfg, model_cfg.kv_heads)
         self.microbatches = cfg.micro_batches(self.mesh.replica.size)
         cuda = torch.cuda.is_available()
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         )
         self._open_data(model_cfg)
-        self.model = build_model(self.model_cfg, cfg, self.mesh, self.device)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        check_run(self.model_cfg, mesh_cfg, cfg)
+        self.model = build_model(self.model_cfg, mesh_cfg, cfg, self.mesh, self.device)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         wide = torch.promote_types(precision.DTYPES[cfg.dtype], torch.float32)
-        precision.accumulate_in(self.parameters, wide)
+        precision.accumulate_in(parameters, wide)
+        self.stage = OneStage(self.model, self._make_synchroniser(parameters, mesh_cfg.zero))
+        self.parameters = self.stage.synchroniser.shards  # what this rank's optimizer steps
         self.masters = precision.MasterWeights(self.parameters)
         self.optimizer = optim.build(self.masters.weights, cfg)
-        self.stage = OneStage(self.model, self._make_synchroniser())
         replica = self.mesh.replica.name  # the synchroniser's axis; the rule serves all others
         self.other_axes = {n: a for n, a in self.mesh.axes.items() if n != replica}
         self.first_step = 0
@@ -114,17 +101,20 @@ class Trainer:
         self.batches = data.Batches(train, cfg.sequence_length, cfg.seed, cfg.global_batch_size)
         self.held_out = held_out
 
-    def _make_synchroniser(self) -> data_parallel.Synchroniser:
-        cfg = self.cfg
+    def _make_synchroniser(
+        self, parameters: list[nn.Parameter], stage: int
+    ) -> data_parallel.Synchroniser:
+        cfg, replica = self.cfg, self.mesh.replica
         dtype = precision.DTYPES[cfg.reduce_dtype] if cfg.reduce_dtype else None
         size = cfg.bucket_mib * data_parallel.MIB
-        replica = self.mesh.replica
-        for parameter in self.parameters:
+        if stage > 0:
+            return zero.make(stage, parameters, replica, cfg.impl, size, dtype)
+        for parameter in parameters:
             partial = parameter.record.partial
             assert replica.name in partial, (
                 f"{parameter.record.name} is partial over {partial} only"
             )
-        return data_parallel.synchroniser(cfg.sync_step, self.parameters, replica, size, dtype)
+        return data_parallel.synchroniser(cfg.sync_step, parameters, replica, size, dtype)
 
     # ---- one step
 
@@ -170,6 +160,7 @@ class Trainer:
         self.masters.take_gradients()
         self.optimizer.step()
         self.masters.publish()
+        self.stage.synchroniser.publish()
         return float(norm)
 
     def _deal(self, step: int) -> list[tuple]:

@@ -18,3 +18,11 @@ torch.set_num_threads(1)
 def device() -> str:
     """The GPU where there is one, so that one test covers both machines."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Options of run.py that let it train on a short text."""
+    path = tmp_path / "text.txt"
+    path.write_text("ranks meet in collectives; a ledger counts every byte. " * 20)
+    return ["--data", str(path), "--cache-dir", str(tmp_path / "cache")]

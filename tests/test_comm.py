@@ -109,6 +109,8 @@ def test_nobody_answers_with_what_i_hold():
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     axis = nobody(1, size=2)
     same(axis.all_gather(x), torch.cat([x, x]))
+    wire = torch.cat([torch.zeros(2, 2), x])
+    same(axis.all_gather(wire[2:], out=wire), torch.cat([x, x]))  # from its place in the result
     same(axis.all_reduce(x), x)
     same(axis.reduce_scatter(x), x[:1])
     same(axis.all_to_all(x), torch.zeros(2, 2))

@@ -4,7 +4,22 @@ import json
 
 import pytest
 
-from picotron_lab.config import ConfigError, MeshConfig, ModelConfig, TrainConfig, model_from_file
+from picotron_lab.config import (
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+    check_run,
+    model_from_file,
+)
+
+
+def together(model=None, mesh=None, **training):
+    """Check a model (8 heads, 4 of keys and values), a mesh and training options together."""
+    model = {"hidden_size": 64, "heads": 8, "kv_heads": 4, **(model or {})}
+    training = {"global_batch_size": 24, "micro_batch_size": 1, **training}
+    check_run(ModelConfig(**model), MeshConfig(**(mesh or {})), TrainConfig(**training))
+
 
 WRONG = {
     "--kv-heads 3 must divide --heads 4": lambda: ModelConfig(heads=4, kv_heads=3),
@@ -53,6 +68,40 @@ WRONG = {
     "try --global-batch-size 8": lambda: TrainConfig(
         global_batch_size=4, micro_batch_size=8
     ).micro_batches(1),
+    "--recompute some is not one of none, selective, full": lambda: TrainConfig(recompute="some"),
+    "--zero 4 must lie between 0 and 3; try --zero 1": lambda: MeshConfig(dp=2, zero=4),
+    "--zero 2 shares weights out among data-parallel ranks, and there is one; add --dp 2": lambda: (
+        MeshConfig(tp=2, zero=2)
+    ),
+    "--sequence-parallel shares the sequence out among tensor-parallel ranks, and there is one; "
+    "add --tp 2": lambda: MeshConfig(dp=2, sequence_parallel=True),
+    "--vocab-parallel 3 is not one of none, naive, 1, 2": lambda: MeshConfig(
+        tp=2, vocab_parallel="3"
+    ),
+    "--vocab-parallel 2 shares the vocabulary out among tensor-parallel ranks, and there is one; "
+    "add --tp 2": lambda: MeshConfig(vocab_parallel="2"),
+    "--tp 3 must divide the model's 8 attention heads; try --tp 4 or 8": lambda: together(
+        mesh={"tp": 3}
+    ),
+    "--tp 3 must divide the model's 2 key/value heads, or be a multiple of their number; "
+    "try --tp 2 or 6": lambda: together(
+        {"hidden_size": 48, "heads": 6, "kv_heads": 2}, {"tp": 3}
+    ),
+    "--tp 4 splits a vocabulary of 3, which has too few entries; try --tp 3": lambda: together(
+        {"vocab_size": 3}, {"tp": 4}
+    ),
+    "--vocab-parallel none cannot split an output layer that is tied to the embedding over --tp 2; "
+    "try --vocab-parallel 2": lambda: together(
+        {"tied": True}, {"tp": 2, "vocab_parallel": "none"}
+    ),
+    "--sequence-length 30 must be a multiple of --tp 4 with --sequence-parallel; "
+    "try --sequence-length 32": lambda: together(
+        None, {"tp": 4, "sequence_parallel": True}, sequence_length=30
+    ),
+    "--dp-step naive sums gradients on every rank, and --zero 1 has its own way": lambda: together(
+        None, {"dp": 2, "zero": 1}, dp_step="naive"
+    ),
+    "micro-batch-size 1 times 5 data-parallel ranks": lambda: together(None, {"dp": 5}),
 }
 
 
@@ -91,3 +140,11 @@ def test_model_from_file(tmp_path):
             model_from_file(str(path))
     with pytest.raises(ConfigError, match="must be a readable JSON file"):
         model_from_file(str(tmp_path / "none.json"))
+
+
+def test_meshes_that_work():
+    """Heads shared by 1, 2, 4 and 8 ranks; with 4 key/value heads, 8 ranks share them in pairs."""
+    for tp in (1, 2, 4, 8):
+        together(None, {"tp": tp, "sequence_parallel": tp > 1})
+    together({"hidden_size": 48, "heads": 6, "kv_heads": 1}, {"tp": 3, "dp": 2, "zero": 3})
+    together({"tied": True, "vocab_size": 4}, {"tp": 4})

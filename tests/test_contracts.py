@@ -7,7 +7,8 @@ import sys
 import pytest
 from test_house import ROOT, TECHNIQUES
 
-PRESENT = [name for name in TECHNIQUES.split() if (ROOT / f"picotron_lab/{name}.py").exists()]
+NAMES = f"{TECHNIQUES} recompute".split()
+PRESENT = [name for name in NAMES if (ROOT / f"picotron_lab/{name}.py").exists()]
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from mutants import Mutant, gradients, model_and_run
+from mutants import Mutant, gradients, model_and_run, splitting
 
 TESTS = Path(__file__).parent
 MUTANTS = [
     mutant
-    for module in (gradients, model_and_run)
+    for module in (gradients, model_and_run, splitting)
     for mutant in vars(module).values()
     if isinstance(mutant, Mutant)
 ]

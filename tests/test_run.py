@@ -26,13 +26,6 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("ranks meet in collectives; a ledger counts every byte. " * 20)
-    return ["--data", str(path), "--cache-dir", str(tmp_path / "cache")]
-
-
 def metrics(path):
     """The lines of metrics.jsonl without what a clock or a meter says."""
     drop = {"tokens_per_second", "peak_memory_bytes", "sent_bytes", "mfu"}
@@ -223,6 +216,14 @@ def test_wrong_options_end_with_a_sentence_and_code_2(text, tmp_path, capsys, mo
         ("--resume",): "--resume without a folder",
         ("--resume", "nowhere"): "nowhere",
         ("verify", "--fast"): "--fast",
+        ("--zero", "1"): "--zero 1 shares weights out among data-parallel ranks",
+        ("--ranks", "2", "--sequence-parallel"): "add --tp 2",
+        ("--ranks", "3", "--tp", "2"): "but there are 3; try 2 ranks or a multiple of 2",
+        ("--ranks", "3", "--tp", "3"): "--tp 3 must divide the model's 4 attention heads",
+        ("--ranks", "2", "--tp", "2", "--zero", "2"): "--zero 2 shares weights out",
+        ("--ranks", "2", "--zero", "7"): "--zero 7 must lie between 0 and 3",
+        ("--ranks", "2", "--tp", "0"): "--tp 0 must lie between 1",
+        ("--recompute", "most"): "--recompute most is not one of none, selective, full",
         ("export", "--hf", "x"): "--checkpoint",
         ("import", "--hf", "nowhere", "--save-dir", "y"): "nowhere",
     }

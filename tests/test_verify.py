@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from picotron_lab import trainer, verify
@@ -20,11 +21,37 @@ def test_relative_difference():
 
 def test_one_bad_number_makes_a_row_bad():
     record = type("Record", (), {"index": slice(None)})
-    good = {"numbers": [1.0, 2.0], "tensors": {"w": (record, torch.ones(2))}}
+    good = {"numbers": [1.0, 2.0], "tensors": [("w", record, torch.ones(2))]}
     assert deviation(good, good) == 0
     assert deviation({**good, "numbers": [1.0, math.nan]}, good) == math.inf
-    bad = {"w": (record, torch.tensor([1.0, math.nan]))}
-    assert verify.Row("x", 1, "float64", deviation({**good, "tensors": bad}, good), 0).good is False
+    bad = {**good, "tensors": [("w", record, torch.tensor([1.0, math.nan]))]}
+    assert verify.Row("x", 1, "float64", deviation(bad, good), 0, 0).good is False
+
+
+def test_a_shard_is_compared_with_its_part():
+    """Rows 1:2 of a tensor whose largest element is 4, off by 1; an empty shard is right."""
+    whole = {"numbers": [], "tensors": [("w", None, torch.tensor([4.0, 2.0, 1.0]))]}
+    whole["numbers"] = [1.0]
+    for rows, values, expected in ((slice(1, 2), [3.0], 0.25), (slice(3, 3), [], 0.0)):
+        record = type("Record", (), {"index": rows})
+        mine = {"numbers": [1.0], "tensors": [("w", record, torch.tensor(values))]}
+        assert deviation(mine, whole) == expected
+
+
+def test_the_sample_is_always_the_same_and_covers_everything():
+    cases = verify.sample(40)
+    assert cases == verify.sample(40) and cases[:12] == verify.sample(12)
+    assert len({(case.mesh, case.model) for case in cases}) > 35
+    for field, values in (("zero", {0, 1, 2, 3}), ("tp", {1, 2, 3, 4, 8}), ("dp", {1, 2, 3, 4}),
+                          ("vocab_parallel", {"", "none", "naive", "1", "2"})):  # fmt: skip
+        assert {getattr(case.mesh, field) for case in cases} == values, field
+    assert {case.changes["recompute"] for case in cases} == {"none", "selective", "full"}
+
+
+@pytest.mark.parametrize("case", verify.sample(12), ids=lambda case: case.technique)
+def test_a_random_product_equals_one_device(case):
+    """The first rows of `run.py verify --all`; the others run there."""
+    assert verify.verify([case])[0].good
 
 
 def test_ranks_count_different_numbers_of_labels():
@@ -40,6 +67,6 @@ def test_a_mean_of_means_is_bad(monkeypatch):
         return original(self, actions, batches, own * self.synchroniser.axis.size)
 
     monkeypatch.setattr(trainer.OneStage, "run", run)
-    case = ("data parallel, naive", 3, DENSE, {"micro_batch_size": 1, "dp_step": "naive"})
-    monkeypatch.setattr(verify, "cases", lambda: [case])
-    assert not verify.verify()[0].good
+    changes = {"micro_batch_size": 1, "dp_step": "naive"}
+    case = verify.Case("dp, naive", verify.MeshConfig(dp=3), DENSE, changes)
+    assert not verify.verify([case])[0].good

@@ -1,0 +1,400 @@
+"""ZeRO: stop keeping n copies of what only one rank needs.
+
+Paper   Rajbhandari et al. 2020, sections 5 and 7 (1910.02054); stage 3 is also FSDP (2304.11277)
+Idea    Data parallel ranks hold the same parameters, gradients and moments. Give each rank 1/n of
+        the rows of each, and fetch the rest when, and only while, it is needed.
+        stage 1   moments are cut: each rank steps its rows, then all gather the new weights
+        stage 2   and gradients: a full one is reduced and freed as soon as it is made
+        stage 3   and parameters: a unit (embedding, layer, norm, head) is gathered to be used,
+                  forward and again backward, then freed
+        Not a way to split computation: every rank runs the whole model (see tensor_parallel.py).
+Before  every rank, with AdamW in float32: 4Ψ parameters + 4Ψ gradients + 8Ψ moments
+After   stage 1: 4Ψ + 4Ψ + 8Ψ/n    stage 2: 4Ψ + (4Ψ + 8Ψ)/n    stage 3: 16Ψ/n + one gathered unit
+        bf16 with master weights, as in the paper: 2Ψ + 2Ψ + 12Ψ/n, 2Ψ + (2Ψ + 12Ψ)/n, 16Ψ/n; with
+        float32 gradients, the trainer's way: 2Ψ + 4Ψ + 12Ψ/n, 2Ψ + (4Ψ + 12Ψ)/n, 18Ψ/n
+        The fused path also keeps flat buffers: two buckets (stages 1, 2); three units: in use, on
+        its way, gradient (stage 3)
+Wire    m micro-batches, per step: stage 1 reduce_scatter(4Ψ) + all_gather(4Ψ), like all_reduce(4Ψ);
+        stage 2 m reduce_scatter(4Ψ) + all_gather(4Ψ); stage 3 m (2 all_gather(4Ψ) +
+        reduce_scatter(4Ψ)), less one all_gather of what backward does not read (embedding, fused
+        head); a tied weight is in two units
+Axes    dp: replicas of the model, which become shards of its state
+Dims    as in zero_rows.py
+Read    zero_rows.py -> Zero -> Stage1 -> Stage2 -> zero_units.py -> Stage3 -> Buckets -> contract
+Try     python -m picotron_lab.zero    Tests   tests/test_zero.py
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from picotron_lab import precision, sharding
+from picotron_lab.analysis.memory import Meter
+from picotron_lab.analysis.zero_state import Contract, Job, contract, formula, wire_formula
+from picotron_lab.comm import Axis
+from picotron_lab.config import ModelConfig
+from picotron_lab.lab import run_ranks
+from picotron_lab.model import Llama, initial_value
+from picotron_lab.zero_rows import Flights, Group, gather_rows, mine, scatter_sum, shard_rows
+from picotron_lab.zero_units import Gatherer, Prefetcher, Sharded
+
+MIB = 2**20
+BUCKET = 4096  # of the demonstration
+
+# ---- 1. the idea
+
+
+class Zero:
+    """How the gradients of one step are summed, and what the optimizer steps: the `shards`."""
+
+    def __init__(self, shards: Sequence[nn.Parameter], axis: Axis):
+        self.shards, self.axis = list(shards), axis
+        self.flights = Flights(0)  # the fused path sends by them
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Flat memory that stays between steps."""
+        return [memory.bytes for memory in self.flights.free]
+
+    def begin_step(self) -> None:
+        """Gradients are zero."""
+        self.flights.land()  # of a backward that was broken off
+        zero_gradients(self.shards)
+
+    def before_backward(self, last: bool) -> None:
+        """One micro-batch's backward comes; `last` says that no other will add to the gradients."""
+
+    def finish(self) -> None:
+        """partial -> shard: from now on every shard.grad is the whole sum of its rows."""
+
+    def publish(self) -> None:
+        """shard -> replicated: the optimizer has stepped the shards; the other weights follow."""
+
+
+def zero_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Zero every gradient where it lies; make it if need be: no token may use the parameter."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p, dtype=p.grad_dtype, requires_grad=False)
+        p.grad.zero_()
+
+
+# ---- 2. plain path
+
+
+class Stage1(Zero):
+    """Gradients add up in full over the micro-batches; then each rank gets the sum of its rows."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], axis: Axis):
+        super().__init__([shard_rows(p, axis) for p in parameters], axis)
+        self.parameters = list(parameters)
+
+    def begin_step(self) -> None:
+        zero_gradients(self.parameters)
+        for parameter, shard in zip(self.parameters, self.shards, strict=True):
+            shard.grad = parameter.grad[mine(parameter, self.axis)]  # where the sum will lie
+
+    def finish(self) -> None:
+        for parameter, shard in zip(self.parameters, self.shards, strict=True):
+            shard.grad.copy_(scatter_sum(parameter.grad, self.axis))
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        for parameter, shard in zip(self.parameters, self.shards, strict=True):
+            parameter.copy_(gather_rows(shard, len(parameter), self.axis))
+
+
+class Stage2(Stage1):
+    """A hook reduces each gradient as soon as backward has made it, for every micro-batch.
+
+    Every rank must use every parameter, else ranks would meet in different calls (see Buckets).
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], axis: Axis):
+        super().__init__(parameters, axis)
+        for parameter, shard in zip(self.parameters, self.shards, strict=True):
+            parameter.register_post_accumulate_grad_hook(partial(self._reduce, shard))
+
+    def begin_step(self) -> None:
+        zero_gradients(self.shards)
+
+    def _reduce(self, shard: nn.Parameter, parameter: nn.Parameter) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        shard.grad += scatter_sum(gradient, self.axis)
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+
+class Stage3(Zero):
+    """The module's own parameters are the shards; a unit whose backward is over calls `reduce`."""
+
+    def __init__(self, shards: Sequence[nn.Parameter], axis: Axis):
+        super().__init__(shards, axis)
+        for shard in self.shards:
+            shard.synchroniser = self  # where units look for it, which are older than their weights
+
+    def reduce(self, shards: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        """partial -> shard (reduce_scatter, one unit): the sums are added to every shard.grad."""
+        for shard, gradient in zip(shards, gradients, strict=True):
+            shard.grad += scatter_sum(gradient.to(shard.grad_dtype), self.axis)
+
+
+def shard_model(model: Llama, axis: Axis, impl: str) -> None:
+    """Stage 3, on the meta device: every unit of the model keeps this rank's rows alone."""
+    gatherer = {"plain": Gatherer, "fused": Prefetcher}[impl](axis)
+    shards = {p: shard_rows(p, axis) for p in model.parameters()}  # a tied one is in two units
+    gatherer.units = [Sharded(module, gatherer, shards) for module in units_of(model)]
+    model.embed, *layers, model.norm, model.head = gatherer.units
+    model.layers = nn.ModuleList(layers)
+
+
+def units_of(model: Llama) -> list[nn.Module]:
+    """What stage 3 gathers at a time, in the order of forward."""
+    return [model.embed, *model.layers, model.norm, model.head]
+
+
+# ---- 3. fused path
+
+
+class Bucket:
+    """Parameters whose gradients leave together, and this rank's shards of them."""
+
+    def __init__(self, members: Sequence[tuple[nn.Parameter, nn.Parameter]], axis: Axis):
+        self.parameters, self.shards = zip(*members, strict=True)
+        self.group = Group([p.shape for p in self.parameters], axis)
+        self.missing = 0  # gradients that the current backward still owes
+
+
+class Buckets(Stage1):
+    """Stage 1 in groups: a bucket leaves when the last backward has completed its gradients.
+
+    Buckets leave in the same order on every rank, last layer first: a rank that does not use a
+    parameter must not change who meets whom. At most two are under way.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], axis: Axis, size: float, dtype: torch.dtype
+    ):
+        super().__init__(parameters, axis)
+        shard_of, self.dtype = dict(zip(self.parameters, self.shards, strict=True)), dtype
+        groups = group_by_size(parameters, size)
+        self.buckets = [Bucket([(p, shard_of[p]) for p in group], axis) for group in groups]
+        self.owner = {p: bucket for bucket in self.buckets for p in bucket.parameters}
+        self.waiting: list[Bucket] = []  # buckets of the current backward that have not left
+        self.flights = Flights(min(2, len(self.buckets)))
+        widest = max(dtype, parameters[0].dtype, key=lambda dtype: dtype.itemsize)
+        for memory in self.flights.free:
+            largest = max(bucket.group.size for bucket in self.buckets)
+            memory.elements(largest, widest, parameters[0].device)
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._count_down)
+
+    def begin_step(self) -> None:
+        self.waiting = []  # like calls under way, of a backward that was broken off
+        self.flights.land()
+        super().begin_step()
+
+    def before_backward(self, last: bool) -> None:
+        if last:
+            self._expect_gradients()
+
+    def finish(self) -> None:
+        self._send_rest()
+        self.flights.land()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        for bucket in self.buckets:
+            group, shards = bucket.group, bucket.shards
+            wire_NK = self.flights.wire(group, shards[0].dtype, shards[0].device)
+            landed = partial(group.unpack, wire_NK, bucket.parameters)
+            self.flights.start(group.gather(wire_NK, shards), landed)
+        self.flights.land()
+
+    def _expect_gradients(self) -> None:
+        self.waiting = list(self.buckets)
+        for bucket in self.buckets:
+            bucket.missing = len(bucket.parameters)
+
+    def _count_down(self, parameter: nn.Parameter) -> None:
+        self.owner[parameter].missing -= 1
+        while self.waiting and self.waiting[0].missing == 0:
+            self._send(self.waiting.pop(0))
+
+    def _send_rest(self) -> None:
+        """Buckets with a gradient that backward never made: it is zero here, not elsewhere."""
+        while self.waiting:
+            self._send(self.waiting.pop(0))
+
+    def _send(self, bucket: Bucket) -> None:
+        group, gradients = bucket.group, [p.grad for p in bucket.parameters]
+        wire_NK = self.flights.wire(group, self.dtype, bucket.shards[0].device)
+        landed = partial(self._take, bucket.shards, group.mine(wire_NK, bucket.shards))
+        self.flights.start(group.reduce(wire_NK, gradients), landed)
+
+    def _take(self, shards: Sequence[nn.Parameter], sums: Sequence[Tensor]) -> None:
+        for shard, total in zip(shards, sums, strict=True):
+            shard.grad.copy_(total)
+
+
+class FreedBuckets(Buckets):
+    """Stage 2 in groups: a bucket leaves in every backward, and its full gradients are freed."""
+
+    def begin_step(self) -> None:
+        self.waiting = []
+        for parameter in self.parameters:
+            parameter.grad = None
+        Zero.begin_step(self)
+
+    def before_backward(self, last: bool) -> None:
+        self._send_rest()
+        self._expect_gradients()
+
+    def _send(self, bucket: Bucket) -> None:
+        super()._send(bucket)
+        for parameter in bucket.parameters:
+            parameter.grad = None
+
+    def _take(self, shards: Sequence[nn.Parameter], sums: Sequence[Tensor]) -> None:
+        add(shards, sums)
+
+
+class OverlappedUnits(Stage3):
+    """Stage 3 with one reduce-scatter per unit, under way while backward computes the next."""
+
+    def __init__(self, shards: Sequence[nn.Parameter], axis: Axis, dtype: torch.dtype):
+        super().__init__(shards, axis)
+        self.dtype, self.flights = dtype, Flights(1)
+
+    def reduce(self, shards: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        group = Group([gradient.shape for gradient in gradients], self.axis)
+        wire_NK = self.flights.wire(group, self.dtype, shards[0].device)
+        landed = partial(add, shards, group.mine(wire_NK, shards))
+        self.flights.start(group.reduce(wire_NK, gradients), landed)
+
+    def before_backward(self, last: bool) -> None:
+        self.flights.land()
+
+    def finish(self) -> None:
+        self.flights.land()
+
+
+def add(shards: Sequence[nn.Parameter], sums: Sequence[Tensor]) -> None:
+    """Add to every shard.grad."""
+    for shard, total in zip(shards, sums, strict=True):
+        shard.grad += total
+
+
+def group_by_size(parameters: Sequence[nn.Parameter], limit: float) -> list[list[nn.Parameter]]:
+    """Parameters in reverse order, cut into groups whose gradients fill `limit` bytes at most.
+
+    A parameter that is larger by itself has a group of its own.
+    """
+    groups: list[list[nn.Parameter]] = []
+    room = 0.0
+    for parameter in reversed(list(parameters)):
+        size = parameter.numel() * parameter.grad_dtype.itemsize
+        if size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(parameter)
+        room -= size
+    return groups
+
+
+# ---- 4. contract
+
+
+def make(
+    stage: int,
+    parameters: Sequence[nn.Parameter],
+    axis: Axis,
+    impl: str,
+    bucket_bytes: float = 64 * MIB,
+    reduce_dtype: torch.dtype | None = None,
+) -> Zero:
+    """The synchroniser of a stage, 1, 2 or 3, for the trainable parameters of a real model.
+
+    reduce_dtype  of gradients on the wire, fused path only; else the dtype in which they add up
+    """
+    if impl == "plain":
+        return (Stage1, Stage2, Stage3)[stage - 1](parameters, axis)
+    dtype = reduce_dtype or parameters[0].grad_dtype
+    if stage == 3:
+        return OverlappedUnits(parameters, axis, dtype)
+    return (Buckets, FreedBuckets)[stage - 1](parameters, axis, bucket_bytes, dtype)
+
+
+def main() -> None:
+    """Every stage on 4 threads, with the state of AdamW: formula, predicted, measured."""
+    ranks, m = 4, 2
+    cfg = ModelConfig(vocab_size=64, hidden_size=16, layers=1, heads=2, kv_heads=1, ffn_size=32)
+    size = sum(p.numel() for p in _meta(cfg).parameters())
+    print(f"Ψ = {size}, n = {ranks}, m = {m} micro-batches; bytes of one rank, predicted, measured")
+    print(f"state: weights, gradients, moments, masters{'wires':>35}{'sent':>23}{'calls':>22}")
+    half = torch.bfloat16, torch.bfloat16
+    single, ours = (torch.float32, torch.float32), (torch.bfloat16, torch.float32)
+    cases = [(single, "plain"), (single, "fused"), (half, "fused"), (ours, "fused")]
+    for ((w, g), impl), stage in ((case, stage) for case in cases for stage in (1, 2, 3)):
+        seen = run_ranks(_demo, ranks, cfg, stage, impl, (w, g), m)[0]
+        said = contract(stage, impl, _job(cfg, stage, (w, g), ranks, m))
+        names = [str(dtype).removeprefix("torch.") for dtype in (w, g)]
+        sizes = stage, w.itemsize, g.itemsize
+        print(f"{names[0]:8} {names[1]:8} {stage} {impl} {formula(*sizes):>18}", end="")
+        print(f" {said.state:6} {seen.state:5} {said.buffer:6} {seen.buffer:5}", end="")
+        print(f" {wire_formula(*sizes):>15} {said.payload:6} {seen.payload:5}", end="")
+        print(f" {said.calls:4} {seen.calls:2}")
+
+
+def _meta(cfg: ModelConfig) -> Llama:
+    with torch.device("meta"):
+        model = Llama(cfg)
+    sharding.attach(model)
+    return model
+
+
+def _job(cfg: ModelConfig, stage: int, dtypes: tuple, ranks: int, m: int) -> Job:
+    """What contract() needs to know of the demonstration."""
+    model = _meta(cfg).to(dtypes[0])
+    precision.accumulate_in(list(model.parameters()), dtypes[1])
+    groups = [list(unit.parameters()) for unit in units_of(model)]
+    if stage < 3:
+        groups = group_by_size(list(model.parameters()), BUCKET)
+    return Job(groups, ranks, 0, m, [False] + [True] * (len(groups) - 1))
+
+
+def _demo(axis: Axis, cfg: ModelConfig, stage: int, impl: str, dtypes: tuple, m: int) -> Contract:
+    """One step of a small Llama; what lies on this rank after it, and what it sent."""
+    model = _meta(cfg)
+    sharding.replicate(model, axis)
+    if stage == 3:
+        shard_model(model, axis, impl)
+    sharding.materialise(model, 0, initial_value, dtype=dtypes[0])
+    parameters = list(model.parameters())
+    precision.accumulate_in(parameters, dtypes[1])
+    sync = make(stage, parameters, axis, impl, BUCKET)
+    weights = precision.MasterWeights(sync.shards).weights
+    moments = [torch.zeros_like(weight) for weight in weights for _ in ("first", "second")]
+    tokens = torch.arange(8).view(2, 4) + axis.rank
+    sync.begin_step()
+    for i in range(m):
+        loss = model(tokens + i, tokens)
+        sync.before_backward(last=i == m - 1)
+        loss.backward()
+    sync.finish()
+    sync.publish()
+    gathering = model.embed.gatherer.buffers if stage == 3 else []
+    with Meter() as meter:  # storages count once, however many views are labelled
+        meter.label("optimizer", [*weights, *moments])
+        meter.label("parameter", parameters)  # which are also the weights, unless narrow
+        meter.label("gradient", [p.grad for p in [*parameters, *sync.shards]])
+        meter.label("buffer", [*sync.buffers, *gathering])
+        live = [meter.live[key] for key in ("parameter", "gradient", "optimizer", "buffer")]
+    return Contract(*live, 0, len(axis.ledger.calls), axis.ledger.bytes())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Any mesh starts from one device's weights, ends where it ends, and reads what others wrote."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from picotron_lab import checkpoint, data, optim, sharding, state
+from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig
+from picotron_lab.dropout import Where
+from picotron_lab.lab import run_ranks
+from picotron_lab.model import Llama, initial_value
+from picotron_lab.trainer import Trainer
+
+MODEL = ModelConfig(vocab_size=61, hidden_size=32, layers=2, heads=4, kv_heads=2, ffn_size=26)
+TIED = dataclasses.replace(MODEL, tied=True, kv_heads=1)
+MESHES = {
+    "zero1": MeshConfig(dp=3, zero=1),
+    "zero2": MeshConfig(dp=2, zero=2),
+    "zero3": MeshConfig(dp=3, zero=3),
+    "tp": MeshConfig(tp=4),
+    "tp sp, all logits": MeshConfig(tp=2, sequence_parallel=True, vocab_parallel="none"),
+    "zero1 tp": MeshConfig(dp=2, tp=2, zero=1, vocab_parallel="1"),
+    "zero2 tp sp": MeshConfig(dp=3, tp=2, zero=2, sequence_parallel=True),
+    "zero3 tp sp": MeshConfig(dp=2, tp=4, zero=3, sequence_parallel=True),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """13 windows of 8 tokens and one of 3, so that ranks count different numbers of labels."""
+    folder = tmp_path_factory.mktemp("data")
+    tokens = np.random.default_rng(1).integers(0, 61, 13 * 8 + 4).astype(np.uint16)
+    np.save(folder / "tokens.npy", tokens)
+    return TrainConfig(
+        global_batch_size=12, micro_batch_size=2, sequence_length=8, steps=6, lr=0.5, min_lr=0.1,
+        warmup_steps=2, optimizer="sgd", weight_decay=0.01, clip=0.5, dtype="float64",
+        dropout=0.2, data=str(folder / "tokens.npy"), cache_dir=str(folder / "cache"),
+        validation_fraction=0, bucket_mib=0.01,
+    )  # fmt: skip
+
+
+def full_weights(model_cfg, cfg):
+    model = Llama(model_cfg)
+    sharding.attach(model)
+    sharding.materialise(model, cfg.seed, initial_value, dtype=torch.float64)
+    return {p.record.name: p.detach() for p in model.parameters()}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_initial_weights_are_slices_of_one_devices(base, name):
+    """Every element is on some rank, shards differ, and their scale does not depend on the cut."""
+    full = full_weights(MODEL, base)
+
+    def weights(world):
+        model = Trainer(MODEL, MESHES[name], base, world).model
+        return [(p.record, p.detach()) for p in model.parameters()]
+
+    covered = {key: torch.zeros_like(tensor) for key, tensor in full.items()}
+    shards = {}
+    for held in run_ranks(weights, MESHES[name].size):
+        for record, weight in held:
+            assert torch.equal(weight, full[record.name][record.index]), record
+            covered[record.name][record.index] = 1
+            shards.setdefault(record.name, {})[record.slices] = weight
+    assert all(seen.all() for seen in covered.values())
+    q = [w for w in shards["layers.1.attention.q.weight"].values() if w.numel() > 0]
+    assert not any(torch.equal(a, b) for i, a in enumerate(q) for b in q[:i])
+    assert all(0.016 < w.std() < 0.024 for w in q)
+
+
+def one_device(model_cfg, cfg, steps):
+    """A plain loop over whole global batches: torch's optimizer, torch's clipping."""
+    model = Llama(model_cfg, cfg.dropout)
+    sharding.attach(model)
+    sharding.materialise(model, cfg.seed, initial_value, dtype=torch.float64)
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == m] for m in (1, 0))
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors}]
+    optimizer = torch.optim.SGD(groups, lr=cfg.lr)
+    tokens = np.load(cfg.data)
+    batches = data.Batches(tokens, cfg.sequence_length, cfg.seed, cfg.global_batch_size)
+    seen = []
+    for step in range(steps):
+        batch = batches.micro_batch(step, 0, cfg.global_batch_size)
+        where = Where(torch.arange(cfg.sequence_length), batch.rows_B, step, cfg.seed)
+        loss = model(batch.tokens_BT, batch.labels_BT, where) / (batch.labels_BT != -100).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        gradients = {p.record.name: p.grad.clone() for p in model.parameters()}
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = optim.learning_rate(step, cfg)
+        optimizer.step()
+        weights = {p.record.name: p.detach().clone() for p in model.parameters()}
+        seen.append((loss.item(), norm.item(), gradients, weights))
+    return seen
+
+
+def on_ranks(world, model_cfg, mesh_cfg, cfg, steps):
+    trainer = Trainer(model_cfg, mesh_cfg, cfg, world)
+    seen = []
+    for step in range(steps):
+        loss, _ = trainer.compute_gradients(step)
+        gradients = [(p.record, p.grad.clone()) for p in trainer.parameters]
+        norm = trainer.update(step)
+        weights = [(p.record, p.detach().clone()) for p in trainer.model.parameters()]
+        seen.append((loss, norm, gradients, weights))
+    return seen
+
+
+def assert_equal(found, expected, limit=1e-10):
+    for step, (mine, reference) in enumerate(zip(found, expected, strict=True)):
+        assert mine[0] == pytest.approx(reference[0], rel=limit), f"loss of step {step}"
+        assert mine[1] == pytest.approx(reference[1], rel=limit), f"norm of step {step}"
+        for what, index in (("gradient", 2), ("weight", 3)):
+            for record, tensor in mine[index]:
+                whole = reference[index][record.name]
+                error = (tensor - whole[record.index]).abs()
+                too_far = error > limit * whole.abs().max()
+                assert not too_far.any(), f"{what} {record.name}, step {step}: {error.max():.1e}"
+
+
+@pytest.mark.parametrize("impl", ["plain", "fused"])
+@pytest.mark.parametrize("name", MESHES)
+def test_three_clipped_steps_equal_one_device(base, name, impl):
+    """Untied embeddings with 2 key/value heads, tied ones with 1; recomputed activations."""
+    mesh_cfg = MESHES[name]
+    cfg = dataclasses.replace(
+        base, impl=impl,
+        recompute={"zero3": "full", "tp": "selective", "zero3 tp sp": "full"}.get(name, "none"),
+    )  # fmt: skip
+    for model_cfg in [MODEL] if mesh_cfg.vocab_parallel == "none" else [MODEL, TIED]:
+        expected = one_device(model_cfg, base, 3)
+        assert max(seen[1] for seen in expected) > base.clip, "clipping must do something"
+        found = run_ranks(on_ranks, mesh_cfg.size, model_cfg, mesh_cfg, cfg, 3)
+        for seen in found:
+            assert_equal(seen, expected)
+        assert_replicas_identical(found)
+
+
+def assert_replicas_identical(found):
+    """Ranks that hold the same slice hold the same bits, after three steps."""
+    first = {}
+    for seen in found:
+        for record, weight in seen[-1][3]:
+            other = first.setdefault((record.name, record.slices), weight)
+            assert torch.equal(weight, other), f"replicas of {record.name} {record.slices} differ"
+
+
+# ---- checkpoints
+
+
+def save_after_two_steps(world, mesh_cfg, cfg):
+    trainer = Trainer(MODEL, mesh_cfg, cfg, world)
+    for step in range(2):
+        trainer.train_step(step)
+    state.save(trainer, 2)
+    held = [(p.record, p.detach().clone()) for p in trainer.model.parameters()]
+    return held + [(r, t.clone()) for r, t in optim.moments(trainer.optimizer)]
+
+
+def load_and_go_on(world, mesh_cfg, cfg, path):
+    trainer = Trainer(MODEL, mesh_cfg, cfg, world)
+    state.load(trainer, checkpoint.read_manifest(path))
+    held = [(p.record, p.detach().clone()) for p in trainer.model.parameters()]
+    held += [(r, t.clone()) for r, t in optim.moments(trainer.optimizer)]
+    losses = [trainer.train_step(step)["loss"] for step in (2, 3)]
+    return held, losses
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_checkpoint_of_any_mesh_loads_into_any_other(base, name, tmp_path):
+    """Weights and moments arrive to the last bit; two more steps equal an uninterrupted run."""
+    cfg = dataclasses.replace(base, optimizer="adamw", lr=0.01, min_lr=0.01,
+                              save_dir=str(tmp_path))  # fmt: skip
+
+    def uninterrupted(world):
+        trainer = Trainer(MODEL, MeshConfig(), cfg, world)
+        return [trainer.train_step(step)["loss"] for step in range(4)][2:]
+
+    expected = run_ranks(uninterrupted, 1)[0]
+    full = {}
+    for held in run_ranks(save_after_two_steps, MESHES[name].size, MESHES[name], cfg):
+        for record, tensor in held:
+            whole = full.setdefault(record.name, torch.full(record.shape, float("nan")).double())
+            whole[record.index] = tensor
+    path = checkpoint.latest(tmp_path)
+    names = list(MESHES)
+    others = [names[(names.index(name) + shift) % len(names)] for shift in (1, 3)]
+    for mesh_cfg in [MeshConfig(), *(MESHES[other] for other in others)]:
+        for held, losses in run_ranks(load_and_go_on, mesh_cfg.size, mesh_cfg, cfg, path):
+            assert losses == pytest.approx(expected, rel=1e-10)
+            for record, tensor in held:
+                assert torch.equal(tensor, full[record.name][record.index]), record

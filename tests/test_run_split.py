@@ -1,0 +1,36 @@
+"""The command line with a model that is split over ranks, as users meet it."""
+
+from test_run import assert_same, metrics, stop_after, torchrun, train
+
+import run
+
+
+def test_split_models_print_the_same_curve_and_sample(text, tmp_path, capsys):
+    """4 real processes that share the model in three ways, beside one process."""
+    options = [*text, "--steps", "3", "--dtype", "float64", "--dropout", "0.1", "--heads", "2"]
+    assert train(*options, "--log-file", str(tmp_path / "one")) == 0
+    sample = capsys.readouterr().out.split("metrics:")[0]
+    meshes = {
+        "zero3-tp": ["--dp", "2", "--tp", "2", "--zero", "3", "--sequence-parallel"],
+        "zero2": ["--zero", "2", "--recompute", "full"],
+        "zero1-tp-plain": ["--tp", "2", "--zero", "1", "--impl", "plain"],
+    }
+    launched = {
+        name: torchrun(4, *options, *mesh, "--log-file", str(tmp_path / name))
+        for name, mesh in meshes.items()
+    }
+    for name, process in launched.items():
+        out, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, f"{name}: {errors}"
+        assert out.split("metrics:")[0] == sample, name
+        assert_same(metrics(tmp_path / name), metrics(tmp_path / "one"), 1e-10)
+
+
+def test_a_run_goes_on_with_another_split(text, tmp_path):
+    """Begun with ZeRO-3 and tensor parallelism in bfloat16, ended on one process."""
+    saved = [*text, "--steps", "6", "--dtype", "bfloat16", "--save-dir", str(tmp_path / "saved")]
+    begun = [*saved, "--save-every", "2", "--ranks", "4", "--tp", "2", "--zero", "3"]
+    stop_after(4, begun)
+    assert run.main([*saved[-2:], "--resume"]) == 0
+    lines = metrics(tmp_path / "saved/metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(6))
