@@ -10,7 +10,7 @@ Read    Meter -> label -> watch
 import resource
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 CATEGORIES = ("parameter", "gradient", "optimizer", "buffer", "activation")
 FRESH = torch.ops.aten.lift_fresh.default  # torch.tensor([...]) shows what it has made as an input
@@ -51,7 +50,7 @@ class Meter(TorchDispatchMode):
     Saved activations: meter.live["activation"] between forward and backward, while the program
     itself holds no other tensor (the loss counts, with its 4 bytes). Operations in backward and
     inside autograd Functions are seen; of a custom operator (torch.library), what it returns. A
-    storage that is resized is measured anew when an operation meets it and when `live` is read.
+    storage that is resized is measured anew when an operation returns it and when `live` is read.
 
     Not together with FlopCounterMode: it keeps activations alive.
     Source  a torch dispatch mode per rank, the way of torch.distributed._tools.mem_tracker
@@ -61,6 +60,7 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self._counted: dict[int, Counted] = {}  # by the address of the storage's C++ object
         self._live = dict.fromkeys(CATEGORIES, 0)
+        self._returns_given: dict[Any, bool] = {}  # by operation: whether it may return an input
         self._hooks: list[Any] = []
         self.reset_peak()
 
@@ -84,6 +84,7 @@ class Meter(TorchDispatchMode):
     def reset_peak(self) -> None:
         """Forget the peak: it becomes what is alive now."""
         self.peak = self.live  # by category, as labelled at that moment
+        self._highest = self.peak_bytes
 
     def label(self, category: str, tensors: Iterable[Tensor | None]) -> None:
         """From now on these tensors' storages count as `category`, wherever they were made.
@@ -121,14 +122,16 @@ class Meter(TorchDispatchMode):
         return False  # else torch imports its compiler, 1.5 s, only to keep out of here
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
-        results = func(*args, **(kwargs or {}))
-        given = {}  # a result in one of these is a view or was written in place
-        if func is not FRESH:
-            given = {s._cdata: s for s in _storages((args, kwargs))}
-        for storage in given.values():
-            self._measure(storage)
+        kwargs = kwargs or {}
+        results = func(*args, **kwargs)
+        if func not in self._returns_given:
+            returned = func._schema.returns
+            self._returns_given[func] = any(r.alias_info for r in returned) and func is not FRESH
+        given = ()  # a result in one of these is a view or was written in place
+        if self._returns_given[func]:
+            given = [s._cdata for s in _storages((*args, *kwargs.values()))]
         for storage in _storages(results):
-            if storage._cdata not in given:
+            if storage._cdata in self._counted or storage._cdata not in given:
                 self._count(storage, None)
         self._note_peak()
         return results
@@ -157,12 +160,16 @@ class Meter(TorchDispatchMode):
         self._live[freed.category] -= freed.bytes
 
     def _note_peak(self) -> None:
-        if sum(self._live.values()) > self.peak_bytes:
+        if sum(self._live.values()) > self._highest:
             self.peak = dict(self._live)
+            self._highest = self.peak_bytes
 
 
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    """The storages of all dense tensors in nested lists, tuples and dicts."""
-    leaves = tree_leaves(tree)
-    dense = (x for x in leaves if isinstance(x, Tensor) and x.layout is torch.strided)
-    return [x.untyped_storage() for x in dense]
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    """The storages of all dense tensors in nested lists and tuples."""
+    if isinstance(tree, Tensor):
+        if tree.layout is torch.strided:
+            yield tree.untyped_storage()
+    elif isinstance(tree, list | tuple):
+        for part in tree:
+            yield from _storages(part)
