@@ -218,7 +218,10 @@ def choose_options(given: dict, manifest: checkpoint.Manifest | None) -> TrainCo
     if manifest is None:
         return choose(TrainConfig, given, TrainConfig())
     tokenizer = state.choose_tokenizer(manifest, given.get("tokenizer"))
-    return choose(TrainConfig, {**given, **tokenizer}, state.options_of(manifest))
+    before = state.options_of(manifest)
+    if given.get("zero"):  # which sums gradients in its own way
+        before = dataclasses.replace(before, dp_step="")
+    return choose(TrainConfig, {**given, **tokenizer}, before)
 
 
 def run_train(arguments: list[str]) -> None:

@@ -3,9 +3,13 @@
 Idea    The plain model is made on the meta device, without memory. Each technique replaces what it
         must and writes into the parameters' records which slice is here and who else has a say.
         Only then are weights drawn: each full parameter from its own stream, of which this rank
-        keeps its slice. So no rank ever holds the whole model, and all meshes start alike.
-Order   inside a layer first (kernels, tensor parallelism), then around layers (ZeRO-3 gathers a
-        layer's weights, recomputation runs it again)
+        keeps its slice. So no rank ever holds more than its part and one full parameter, and all
+        meshes start alike.
+Order   inside layers: fused parts, then tensor, vocabulary and sequence parallelism over tp. All
+        parameters: replicas over dp x cp. Around layers: ZeRO-3, which gathers a layer's weights,
+        and outermost recomputation, which runs all of it again
+Read    build_model -> split_layers; what a record says: sharding.py
+Tests   tests/test_build.py
 """
 
 import torch
@@ -36,7 +40,7 @@ def build_model(
     if cfg.impl == "fused":
         fuse(model)
     if mesh.tp.size > 1:
-        _split_layers(model, mesh_cfg, cfg, mesh)
+        split_layers(model, mesh_cfg, cfg, mesh)
     data_parallel.parallelize(model, mesh.replica)
     if mesh_cfg.zero == 3:
         zero.shard_model(model, mesh.replica, cfg.impl)
@@ -47,7 +51,7 @@ def build_model(
     return model
 
 
-def _split_layers(model: Llama, mesh_cfg: MeshConfig, cfg: TrainConfig, mesh: Mesh) -> None:
+def split_layers(model: Llama, mesh_cfg: MeshConfig, cfg: TrainConfig, mesh: Mesh) -> None:
     """Tensor, vocabulary and sequence parallelism, all over the tp axis."""
     tensor_parallel.parallelize(model, mesh.tp, mesh.kv, cfg.impl)
     algorithm = mesh_cfg.vocabulary(cfg.impl)

@@ -158,15 +158,16 @@ class MeshConfig:
             self.dp * self.cp % self.ep == 0,
             f"--ep {self.ep} must divide --dp {self.dp} times --cp {self.cp}; try --ep 1.",
         )
+        more = 2 * self.pp * self.tp
         _require(
             self.zero == 0 or self.dp * self.cp > 1,
             f"--zero {self.zero} shares weights out among data-parallel ranks, and there is one; "
-            "add --dp 2, or leave --zero out.",
+            f"start more ranks, such as --ranks {more}, or leave --zero out.",
         )
         _require(
             not self.sequence_parallel or self.tp > 1,
             "--sequence-parallel shares the sequence out among tensor-parallel ranks, and there is "
-            "one; add --tp 2, or leave it out.",
+            "one; try --tp 2 on 2 ranks (--ranks 2), or leave it out.",
         )
         _require(
             self.vocab_parallel in ("", *VOCABULARY),
@@ -175,7 +176,8 @@ class MeshConfig:
         _require(
             self.vocab_parallel in ("", "none") or self.tp > 1,
             f"--vocab-parallel {self.vocab_parallel} shares the vocabulary out among "
-            "tensor-parallel ranks, and there is one; add --tp 2, or leave it out.",
+            "tensor-parallel ranks, and there is one; try --tp 2 on 2 ranks (--ranks 2), or leave "
+            "it out.",
         )
 
     def vocabulary(self, impl: str) -> str:
@@ -195,11 +197,13 @@ class MeshConfig:
             if ranks % rest == 0
             else f"{rest} ranks or a multiple of {rest}"
         )
+        sizes = {axis: getattr(self, axis) for axis in ("pp", "dp", "cp", "tp")}
+        given = " ".join(f"--{axis} {size}" for axis, size in sizes.items() if size > 1)
         how = "torchrun --nproc-per-node N run.py, or --ranks N, starts N ranks"
         _require(
             self.size == ranks,
-            f"--dp {self.dp} with the other axes makes a mesh of {self.size} ranks, "
-            f"but there are {ranks}; try {advice} ({how}).",
+            f"{given or '--dp 1'} makes a mesh of {self.size} ranks, but there are {ranks}; "
+            f"try {advice} ({how}).",
         )
 
 

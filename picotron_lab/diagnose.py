@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from picotron_lab.precision import is_narrow
 
 GIB = 2**30
+WRAPPERS = ("module", "whole", "moe")  # what techniques call the module that they wrap
 
 
 class TrainingError(Exception):
@@ -39,7 +40,8 @@ def first_bad_module(model: nn.Module, batch: tuple) -> str | None:
         def hook(module: nn.Module, args: tuple, output: object) -> None:
             tensors = [x for x in (output if isinstance(output, tuple) else (output,))]
             if not all(bool(x.isfinite().all()) for x in tensors if isinstance(x, Tensor)):
-                found.append(name or "the whole model")
+                words = [word for word in name.split(".") if word not in WRAPPERS]
+                found.append(".".join(words) or "the whole model")
 
         return hook
 

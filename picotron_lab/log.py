@@ -57,7 +57,7 @@ def summary(metrics: dict[str, Any]) -> str:
     words.append(f"mem {metrics['peak_memory_bytes'] / MIB:,.0f} MiB")
     sent = sum(metrics["sent_bytes"].values())
     if sent:
-        words.append(f"sent {sent / MIB:,.1f} MiB/step")
+        words.append(f"payload {sent / MIB:,.1f} MiB/step")
     return "  ".join(words)
 
 

@@ -8,8 +8,8 @@ Idea    Tensor parallelism leaves the residual stream, norms and dropout whole o
         border of a region takes the two apart and sends no more:
             enter   forward: all_gather along T        backward: reduce_scatter
             leave   forward: reduce_scatter along T    backward: all_gather
-        What a region's first matmul needs for its gradient is the gathered x. It saves its own
-        shard instead, and gathers again in backward: the one price.
+        What a region's first matmul needs for its gradient is the gathered x. Each rank saves
+        its own shard instead, and gathers again in backward: the one price.
         The usual mistakes: the norms' gradients, each now from 1/n of the tokens, are not summed;
         dropout on each shard takes the mask of the first positions; the gathered x is saved.
 Before  tensor parallelism: T tokens of residual stream, norms, dropout on every rank
@@ -18,8 +18,8 @@ After   T/n of them; regions and weights as before. Each rank looks up its own t
 Wire    S = bytes of [B, T, D]. Region: forward all_gather(S) + reduce_scatter(S), on the wire what
         all_reduce(S) costs; backward the same, and all_gather(S) once more for x. A mixture of
         experts saves the gathered x and does without that. Head: forward all_gather(S), backward
-        all_gather(S) + reduce_scatter(S). Once a step: all_reduce of the norms' gradients, and
-        of a replicated embedding's
+        all_gather(S) + reduce_scatter(S). Once a step: all_reduce of the gradients of norms,
+        routers and a replicated embedding
 Axes    tp: parts of each layer, and of the sequence between its regions
 Dims    as in tensor_parallel.py; outside regions T is T/n. N = T*B rows, sequence first
 Read    Gather, Scatter -> Column -> SequenceCrossing -> parallelize -> travelling, gather_matmul,
@@ -67,6 +67,10 @@ def scatter(y_BTD: Tensor, axis: Axis) -> Tensor:
 
 def own(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """The part of x that belongs to this rank's tokens: a copy, so that the whole can be freed."""
+    assert x.shape[dim] % axis.size == 0, (
+        f"{x.shape[dim]} tokens cannot be shared out evenly among {axis.size} ranks: choose a "
+        f"length that is a multiple of {axis.size}."
+    )
     start, stop = sharding.bounds(x.shape[dim], axis.size, axis.rank)
     return x.narrow(dim, start, stop - start).clone()
 
@@ -367,10 +371,10 @@ def on_wire(sent: dict[str, tuple[int, int]], n: int) -> dict[str, float]:
     return total
 
 
-RS, SAVED = "regions S", "regions 4 B T (D + 4 F)/n"
+ONE, SAVED = "regions S", "regions 4 B T (D + 4 F)/n"
 FORMULAS = {
-    "plain": (RS, RS, f"2 {RS}", RS, SAVED),
-    "fused": (RS, RS, f"2 {RS} (n-1)/n", f"{RS} (n-1)/n", SAVED),
+    "plain": (ONE, ONE, f"2 {ONE}", ONE, SAVED),
+    "fused": (ONE, ONE, f"2 {ONE} (n-1)/n", f"{ONE} (n-1)/n", SAVED),
 }
 
 

@@ -135,8 +135,9 @@ def reduce_gradients(parameters: Iterable[nn.Parameter], axes: Mapping[str, Axis
 
     partial -> replicated: one all_reduce per axis, for these gradients are few and small (norm
     weights, replicated heads); data_parallel.py and zero.py serve the axis where they are not.
+    Frozen parameters are left alone; others must have a gradient, if only a zero one.
     """
-    parameters = list(parameters)
+    parameters = [p for p in parameters if p.requires_grad]
     for name, axis in axes.items():
         partial = [p.grad for p in parameters if name in p.record.partial]
         if axis.size == 1 or not partial:

@@ -19,7 +19,8 @@ Wire    S = bytes of [B, T, D]. Block: forward 2 all_reduce(S), backward 2 all_r
         forward all_gather(bytes of [B, T, V]), backward all_reduce(S)
 Axes    tp: parts of each layer; kv: those ranks of tp that hold the same key/value head
 Dims    B micro-batch  T sequence  D width  H/K query/kv heads  C head width  F feed-forward width
-        V vocabulary  N = B*T tokens; H, K, F and V are this rank's part inside a region
+        V vocabulary  R this rank's rows of it  N = B*T tokens; inside a region H, K and F are this
+        rank's part
 Read    Enter, Leave -> Crossing -> ParallelMLP, ParallelAttention, ParallelMoE, ParallelHead ->
         parallelize -> FusedColumn -> contract
 Try     python -m picotron_lab.tensor_parallel    Tests   tests/test_tensor_parallel.py
@@ -124,7 +125,7 @@ class ParallelAttention(Region):
     """H/n query heads and the key/value heads that they use.
 
     With fewer key/value heads than ranks, the n/K neighbours on the axis kv hold the same one. Each
-    sends gradients to it from its own query heads only: they are partial over kv.
+    computes a gradient of it from its own query heads only: it is partial over kv.
     """
 
     def __init__(self, whole: Attention, kv: Axis, crossing: Crossing):
@@ -134,6 +135,9 @@ class ParallelAttention(Region):
         self.q, self.k, self.v, self.o = whole.q, whole.k, whole.v, whole.o
         keep_part(self.q, 0, axis.size, axis.rank)
         keep_part(self.o, 1, axis.size, axis.rank)
+        assert len(self.q.weight) % self.head_width == 0, (
+            f"{axis.size} ranks cannot have whole heads each: choose a number that divides them."
+        )
         for shared in (self.k, self.v):
             keep_part(shared, 0, axis.size // kv.size, axis.rank // kv.size)
             sharding.add_axis(shared.weight, kv, partial=True)
@@ -180,8 +184,8 @@ class ParallelHead(Region):
         self.weight = sharding.narrow(whole.weight, 0, *rows)
 
     def forward(self, x_BTD: Tensor, labels_BT: Tensor | None = None) -> Tensor:
-        (part_BTV,) = self.crossing.column(x_BTD, [self.weight])
-        logits_BTV = GatherLogits.apply(part_BTV, self.crossing.axis, self.vocabulary)
+        (part_BTR,) = self.crossing.column(x_BTD, [self.weight])
+        logits_BTV = GatherLogits.apply(part_BTR, self.crossing.axis, self.vocabulary)
         if labels_BT is None:
             return logits_BTV
         logits_NV, labels_N = wide(logits_BTV).flatten(0, 1), labels_BT.flatten()
@@ -196,11 +200,11 @@ class GatherLogits(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, part_BTV: Tensor, axis: Axis, vocabulary: int) -> Tensor:
+    def forward(ctx, part_BTR: Tensor, axis: Axis, vocabulary: int) -> Tensor:
         ctx.mine = slice(*sharding.bounds(vocabulary, axis.size, axis.rank))
         longest = -(-vocabulary // axis.size)
-        part_BTV = F.pad(part_BTV, (0, longest - part_BTV.shape[-1]))
-        logits_VBT = axis.all_gather(rearrange(part_BTV, "b t v -> v b t"))[:vocabulary]
+        part_BTR = F.pad(part_BTR, (0, longest - part_BTR.shape[-1]))
+        logits_VBT = axis.all_gather(rearrange(part_BTR, "b t v -> v b t"))[:vocabulary]
         return rearrange(logits_VBT, "v b t -> b t v")
 
     @staticmethod
@@ -245,6 +249,10 @@ def split_head(model: Llama, axis: Axis, impl: str = "plain") -> None:
 
     For models whose head has a weight of its own; a tied one is for vocab_parallel.py.
     """
+    assert model.head.weight is not model.embed.weight, (
+        "split_head was given a model whose head is tied to the embedding, and would part the two: "
+        "use vocab_parallel.parallelize."
+    )
     model.head = ParallelHead(model.head, CROSSINGS[impl](axis))
     sharding.add_axis(model.embed.weight, axis, partial=False)
 

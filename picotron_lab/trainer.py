@@ -34,7 +34,7 @@ from picotron_lab.schedules.basic import accumulation
 
 
 class OneStage:
-    """Executes the actions of a step for a model that is whole on this rank."""
+    """Executes the actions of a step for a model that is not cut into pipeline stages."""
 
     def __init__(self, model: nn.Module, synchroniser: data_parallel.Synchroniser):
         self.model, self.synchroniser = model, synchroniser
@@ -69,6 +69,7 @@ class Trainer:
     """Everything one rank needs to train, to save and to go on."""
 
     def __init__(self, model_cfg: ModelConfig, mesh_cfg: MeshConfig, cfg: TrainConfig, world: Axis):
+        check_run(model_cfg, mesh_cfg, cfg)
         self.cfg, self.mesh = cfg, mesh.build(world, mesh_cfg, model_cfg.kv_heads)
         self.microbatches = cfg.micro_batches(self.mesh.replica.size)
         cuda = torch.cuda.is_available()
@@ -76,7 +77,7 @@ class Trainer:
             torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         )
         self._open_data(model_cfg)
-        check_run(self.model_cfg, mesh_cfg, cfg)
+        check_run(self.model_cfg, mesh_cfg, cfg)  # the vocabulary is known now
         self.model = build_model(self.model_cfg, mesh_cfg, cfg, self.mesh, self.device)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         wide = torch.promote_types(precision.DTYPES[cfg.dtype], torch.float32)

@@ -1,10 +1,10 @@
 """Verify: every technique against one device, as a table that anyone can print.
 
 Idea    A falling loss proves little: AdamW hides a gradient that is twice too large. So each row
-        starts from the same weights as one plain device, trains three steps of SGD with a large
-        learning rate on the same global batches, and compares loss, gradient norm, *every
-        parameter's gradient* at each step and the final weights, on every rank. Deviation: largest
-        difference, relative to the tensor's largest element.
+        starts from the same weights as one plain device, trains three steps of SGD (a few rows of
+        AdamW) with a large learning rate on the same global batches, and compares loss, gradient
+        norm, *every parameter's gradient* at each step and the final weights, on every rank.
+        Deviation: largest difference, relative to the tensor's largest element.
 Limits  float64 1e-10, float32 1e-5 (design of the project); bfloat16 0.1, it keeps 8 bits of each
         number
 Try     python run.py verify
@@ -27,6 +27,7 @@ from picotron_lab.analysis.memory import Meter
 from picotron_lab.comm import Axis
 from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig
 from picotron_lab.lab import run_ranks, unmetered
+from picotron_lab.ledger import wire_bytes
 from picotron_lab.trainer import Trainer
 from picotron_lab.zero_units import Sharded
 
@@ -46,7 +47,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """How far a case is from one device, what a rank sent per step, and the most it held."""
+    """How far a case is from one device, what a rank sent per step, and the most it held.
+
+    bytes_per_step  on the wire, if every call went around a ring (ledger.py)
+    """
 
     technique: str
     ranks: int
@@ -164,6 +168,8 @@ def _tensor_parallel() -> list[Case]:
         Case("tp, fused, tied embedding", mesh, TIED, {"impl": "fused"}),
         Case("tp, fused, experts", mesh, EXPERTS, {"impl": "fused"}),
         Case("tp, fused", mesh, DENSE, {"impl": "fused", "dtype": "float32"}),
+        Case("tp, sp, fused, bfloat16", MeshConfig(tp=4, sequence_parallel=True), DENSE,
+             {"impl": "fused", "dtype": "bfloat16"}),
     ]  # fmt: skip
 
 
@@ -270,9 +276,17 @@ def trajectories(
             _step(trainer, STEPS - 1, seen)
         for p in (*trainer.model.parameters(), *trainer.parameters):
             seen["tensors"].append((f"weight {p.record.name}", p.record, p.detach()))
-        return {**seen, "bytes": world.ledger.bytes(), "peak": meter.peak_bytes}
+        return {**seen, "bytes": _on_wire(trainer), "peak": meter.peak_bytes}
 
     return run_ranks(rank_main, mesh_cfg.size)
+
+
+def _on_wire(trainer: Trainer) -> int:
+    """Bytes that this rank sent, if every call went around a ring (ledger.py)."""
+    sizes = {name: axis.size for name, axis in trainer.mesh.axes.items()}
+    sizes["world"] = trainer.mesh.world.size
+    calls = trainer.mesh.world.ledger.calls
+    return round(sum(wire_bytes(call.op, call.bytes, sizes[call.axis]) for call in calls))
 
 
 def held(trainer: Trainer) -> dict[str, list[Tensor]]:

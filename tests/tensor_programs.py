@@ -1,6 +1,7 @@
 """What test_tensor_parallel.py and test_sequence_parallel.py run: on one device, on every rank, and
 in processes, which import this file."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,7 +65,7 @@ def plain_model(job):
 
 
 def split_axes(world, job):
-    """The axes tp and kv of one rank, and the one that the trainer would clip over."""
+    """The axes tp and kv of one rank."""
     n = world.size
     tp = world.split("tp", [list(range(n))])
     same = n // job.cfg.kv_heads if job.cfg.kv_heads < n else 1
@@ -94,13 +95,12 @@ def parallel_model(axes, job):
 # ---- gradients and steps
 
 
-def train(model, job, steps, finish):
+def train(model, job, steps, reduce, clip):
     """(last loss, norms): `steps` of SGD, then once more forward and backward.
 
-    finish(parameters) completes the gradients; clip(parameters) is its second element.
+    reduce(parameters) completes the gradients, clip(parameters) gives their norm.
     """
     parameters = list(model.parameters())
-    reduce, clip = finish
     optimizer = torch.optim.SGD(parameters, lr=1.0)
     norms = []
     for step in range(steps + 1):
@@ -118,8 +118,9 @@ def train(model, job, steps, finish):
 def one_device(job, steps=0, limit=0.05):
     """(loss, norms, {name: gradient}, {name: weight})."""
     model = plain_model(job)
-    finish = lambda _: None, lambda ps: torch.nn.utils.clip_grad_norm_(ps, limit)  # noqa: E731
-    loss, norms = train(model, job, steps, finish)
+    loss, norms = train(
+        model, job, steps, lambda ps: None, lambda ps: torch.nn.utils.clip_grad_norm_(ps, limit)
+    )
     parts = [(p.record.name, p) for p in model.parameters()]
     return loss, norms, {n: p.grad for n, p in parts}, {n: p.detach() for n, p in parts}
 
@@ -128,27 +129,27 @@ def on_rank(world, job, steps=0, limit=0.05):
     """The same on one rank: (loss, norms, [(record, gradient, weight)])."""
     axes = split_axes(world, job)
     model = parallel_model(axes, job)
-    finish = (
-        lambda parameters: sharding.reduce_gradients(parameters, axes),
-        lambda parameters: optim.clip(parameters, limit, world, axes),
-    )
-    loss, norms = train(model, job, steps, finish)
+    loss, norms = train(
+        model, job, steps, lambda ps: sharding.reduce_gradients(ps, axes),
+        lambda ps: optim.clip(ps, limit, world, axes),
+    )  # fmt: skip
     return loss, norms, [(p.record, p.grad, p.detach()) for p in model.parameters()]
 
 
 def worst_deviation(results, expected):
-    """Of losses, norms, and of each shard relative to the whole gradient or weight."""
+    """Of losses, norms, and of each shard relative to the whole gradient or weight; infinite for
+    what is no number."""
     loss, norms, *wholes = expected
-    worst = 0.0
+    found = []
     for mine, my_norms, parts in results:
         assert {record.name for record, *_ in parts} == set(wholes[0])
         pairs = [(mine, loss), *zip(my_norms, norms, strict=True)]
-        worst = max(worst, *(abs(float(a / b) - 1) for a, b in pairs))
+        found += [abs(float(a / b) - 1) for a, b in pairs]
         for record, *tensors in parts:
             for part, whole in zip(tensors, (w[record.name] for w in wholes), strict=True):
                 difference = torch.linalg.vector_norm(part - whole[record.index])
-                worst = max(worst, float(difference / torch.linalg.vector_norm(whole)))
-    return worst
+                found.append(float(difference / torch.linalg.vector_norm(whole)))
+    return max(each if math.isfinite(each) else math.inf for each in found)
 
 
 # ---- what is sent, held and saved

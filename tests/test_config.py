@@ -32,10 +32,12 @@ WRONG = {
     "--top-k 5 must be between 1 and --experts 4": lambda: ModelConfig(experts=4, top_k=5),
     "--dp 0 must lie between 1": lambda: MeshConfig(dp=0),
     "--ep 3 must divide --dp 4": lambda: MeshConfig(dp=4, ep=3),
-    "--dp 4 with the other axes makes a mesh of 4 ranks, but there are 2; try --dp 2": lambda: (
+    "--dp 4 makes a mesh of 4 ranks, but there are 2; try --dp 2": lambda: (
         MeshConfig(dp=4).check_world(2)
     ),
-    "but there are 3; try 2 ranks or a multiple of 2": lambda: MeshConfig(tp=2).check_world(3),
+    "--tp 2 makes a mesh of 2 ranks, but there are 3; try 2 ranks or a multiple of 2": lambda: (
+        MeshConfig(tp=2).check_world(3)
+    ),
     "--steps 0 must lie between 1 and 1e+09; try --steps 300": lambda: TrainConfig(steps=0),
     "--optimizer lion is not one of adamw, sgd": lambda: TrainConfig(optimizer="lion"),
     "--dtype float16 is not one of float32, bfloat16, float64": lambda: TrainConfig(
@@ -70,16 +72,17 @@ WRONG = {
     ).micro_batches(1),
     "--recompute some is not one of none, selective, full": lambda: TrainConfig(recompute="some"),
     "--zero 4 must lie between 0 and 3; try --zero 1": lambda: MeshConfig(dp=2, zero=4),
-    "--zero 2 shares weights out among data-parallel ranks, and there is one; add --dp 2": lambda: (
+    "--zero 2 shares weights out among data-parallel ranks, and there is one; start "
+    "more ranks, such as --ranks 4, or leave --zero out": lambda: (
         MeshConfig(tp=2, zero=2)
     ),
     "--sequence-parallel shares the sequence out among tensor-parallel ranks, and there is one; "
-    "add --tp 2": lambda: MeshConfig(dp=2, sequence_parallel=True),
+    "try --tp 2 on 2 ranks": lambda: MeshConfig(dp=2, sequence_parallel=True),
     "--vocab-parallel 3 is not one of none, naive, 1, 2": lambda: MeshConfig(
         tp=2, vocab_parallel="3"
     ),
     "--vocab-parallel 2 shares the vocabulary out among tensor-parallel ranks, and there is one; "
-    "add --tp 2": lambda: MeshConfig(vocab_parallel="2"),
+    "try --tp 2 on 2 ranks": lambda: MeshConfig(vocab_parallel="2"),
     "--tp 3 must divide the model's 8 attention heads; try --tp 4 or 8": lambda: together(
         mesh={"tp": 3}
     ),

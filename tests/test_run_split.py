@@ -34,3 +34,10 @@ def test_a_run_goes_on_with_another_split(text, tmp_path):
     assert run.main([*saved[-2:], "--resume"]) == 0
     lines = metrics(tmp_path / "saved/metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(6))
+
+
+def test_zero_goes_on_from_a_run_that_chose_its_buckets(text, tmp_path):
+    """--dp-step comes from the checkpoint, and must not stand in the way of --zero."""
+    saved = ["--save-dir", str(tmp_path / "saved")]
+    assert train(*text, *saved, "--steps", "2", "--ranks", "2", "--dp-step", "bucketed") == 0
+    assert run.main([*saved, "--resume", "--steps", "4", "--ranks", "2", "--zero", "1"]) == 0

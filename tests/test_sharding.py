@@ -101,3 +101,15 @@ def test_gradients_are_summed_over_their_partial_axes_only():
         return a.grad.item(), b.grad.item()
 
     assert run_ranks(reduce, 4) == [(101, 1111), (1010, 1111), (101, 1111), (1010, 1111)]
+
+
+def test_frozen_parameters_are_left_alone_by_the_rule():
+    def reduce(world):
+        a, b = (nn.Parameter(torch.zeros(1), requires_grad=learns) for learns in (True, False))
+        for p in (a, b):
+            p.record = sharding.Record("p", (1,), ((0, 1),), ("world",), ("world",))
+        a.grad = torch.ones(1)
+        sharding.reduce_gradients([a, b], {"world": world})
+        return a.grad.item(), b.grad
+
+    assert run_ranks(reduce, 3) == [(3, None)] * 3

@@ -315,3 +315,19 @@ def test_processes_equal_one_device():
     n, job = build("fused", "3 ranks, 1 kv head")
     results = run_processes(programs.on_rank, n, job, 2)
     assert programs.worst_deviation(results, programs.one_device(job, steps=2)) < 1e-10
+
+
+# ---- what the helpers of these tests must see
+
+
+def test_a_result_that_is_no_number_is_far_off():
+    expected = programs.one_device(Job())
+    results = run_ranks(programs.on_rank, 2, Job())
+    assert programs.worst_deviation(results, expected) < 1e-10
+    results[1][2][0][1][0] = float("nan")  # one element of one gradient on one rank
+    assert programs.worst_deviation(results, expected) == float("inf")
+
+
+def test_a_tied_head_is_not_split_apart():
+    with pytest.raises(AssertionError, match="use vocab_parallel.parallelize"):
+        run_ranks(programs.on_rank, 2, Job().with_model(tied=True))

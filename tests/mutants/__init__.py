@@ -2,8 +2,7 @@
 repository.
 
 Each mutant is a function that breaks the library in one place, with `kills` naming the test that
-must fail. tests/test_mutants.py applies one after the other. The numbers B1.. are explained in each
-docstring.
+must fail. tests/test_mutants.py applies one after the other.
 """
 
 from collections.abc import Callable
