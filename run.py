@@ -17,13 +17,14 @@ import time
 from pathlib import Path
 
 from picotron_lab import checkpoint, config, state
+from picotron_lab.cases import cases, sample
 from picotron_lab.comm import connect
 from picotron_lab.config import ConfigError, MeshConfig, ModelConfig, TrainConfig
 from picotron_lab.diagnose import TrainingError
 from picotron_lab.lab import run_ranks
 from picotron_lab.ledger import CommError
 from picotron_lab.session import train
-from picotron_lab.verify import cases, sample, verify
+from picotron_lab.verify import verify
 
 COMMANDS = ("train", "verify", "export", "import")
 SEVERAL_NODES = """

@@ -8,11 +8,11 @@ Idea    A falling loss proves little: AdamW hides a gradient that is twice too l
 Limits  float64 1e-10, float32 1e-5 (design of the project); bfloat16 0.1, it keeps 8 bits of each
         number
 Try     python run.py verify
+Read    cases.py (what) -> verify -> trajectories -> deviation
 """
 
 import dataclasses
 import math
-import random
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from picotron_lab import optim
 from picotron_lab.analysis.memory import Meter
+from picotron_lab.cases import Case, cases
 from picotron_lab.comm import Axis
 from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig
 from picotron_lab.lab import run_ranks, unmetered
@@ -33,16 +34,6 @@ from picotron_lab.zero_units import Sharded
 
 STEPS = 3
 LIMITS = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 0.1}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One mesh, one model, and what else differs from BASE."""
-
-    technique: str
-    mesh: MeshConfig
-    model: ModelConfig
-    changes: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -80,158 +71,14 @@ class Row:
 HEADER = f"     {'technique':58} ranks dtype     deviation    limit   bytes/step  peak bytes"
 
 
-# ---- what is verified
-
-DENSE = ModelConfig(vocab_size=320, hidden_size=32, layers=2, heads=4, kv_heads=2, ffn_size=72)
-EXPERTS = dataclasses.replace(DENSE, experts=3, top_k=2)
-TIED = dataclasses.replace(DENSE, tied=True)
-# 8 windows of 16 bytes and a ragged one of 4: ranks count different numbers of labels
-TEXT = "a gradient is a sum over tokens, never a mean over ranks; " * 3
-TEXT_BYTES = 8 * 16 + 5
-
-
-def cases() -> list[Case]:
-    """The rows that are always shown: every technique, plain and fused, and a few products."""
-    return [*_one_device(), *_data_parallel(), *_zero(), *_tensor_parallel(), *_products()]
-
-
-def _one_device() -> list[Case]:
-    one, two, fused = {"micro_batch_size": 1}, {"micro_batch_size": 2}, {"impl": "fused"}
-    mesh, four = MeshConfig(), {"micro_batch_size": 3}
-    return [
-        Case("gradient accumulation, 4 micro-batches", mesh, DENSE, four),
-        Case("gradient accumulation, 12 micro-batches", mesh, DENSE, one),
-        Case("dropout 0.3, 4 micro-batches", mesh, DENSE, {**four, "dropout": 0.3}),
-        Case("fused model", mesh, DENSE, fused),
-        Case("fused model", mesh, DENSE, {**fused, "dtype": "float32"}),
-        Case("fused model, experts", mesh, EXPERTS, {**fused, **two}),
-        Case("fused model, tied embedding", mesh, TIED, {**fused, **two}),
-        Case("bfloat16, float32 gradients and masters", mesh, DENSE, {"dtype": "bfloat16"}),
-        Case("recompute selective", mesh, DENSE, {**four, "recompute": "selective"}),
-        Case("recompute full", mesh, DENSE, {**four, "recompute": "full", "dropout": 0.3}),
-        Case("recompute full, fused, experts", mesh, EXPERTS, {**fused, "recompute": "full"}),
-    ]
-
-
-def _data_parallel() -> list[Case]:
-    one, two, fused = {"micro_batch_size": 1}, {"micro_batch_size": 2}, {"impl": "fused"}
-    bf16, adamw = {"dtype": "bfloat16"}, {"optimizer": "adamw", "lr": 0.01}
-    lesson = [
-        Case(f"dp, {step}", MeshConfig(dp=n), DENSE, {**one, "bucket_mib": 0.02, "dp_step": step})
-        for step in ("naive", "overlapped", "bucketed", "silent")
-        for n in (2, 3, 4)
-    ]
-    dp2, dp3, dp4 = (MeshConfig(dp=n) for n in (2, 3, 4))
-    return [
-        *lesson,
-        Case("dp, fused, dropout 0.3", dp3, DENSE, {**two, **fused, "dropout": 0.3}),
-        Case("dp, fused", dp4, DENSE, {**one, **fused, "dtype": "float32"}),
-        Case("dp, fused, AdamW", dp3, DENSE, {**two, **fused, **adamw}),
-        Case("dp, fused, experts", dp4, EXPERTS, {**one, **fused}),
-        Case("dp, fused, tied embedding", dp4, TIED, {**one, **fused}),
-        Case("dp, bfloat16", dp2, DENSE, {**two, **fused, **bf16}),
-        Case("dp, bfloat16, gradients sent in bfloat16", dp2, DENSE,
-             {**two, **fused, **bf16, "reduce_dtype": "bfloat16"}),
-    ]  # fmt: skip
-
-
-def _zero() -> list[Case]:
-    two, adamw = {"micro_batch_size": 2}, {"optimizer": "adamw", "lr": 0.01}
-    stages = [
-        Case(f"ZeRO-{stage}, {impl}", MeshConfig(dp=n, zero=stage), DENSE, {**two, "impl": impl})
-        for stage in (1, 2, 3)
-        for impl, n in (("plain", 2), ("fused", 3))
-    ]
-    more = [
-        Case(f"ZeRO-{stage}, fused, {what}", MeshConfig(dp=2, zero=stage), model,
-             {**two, "impl": "fused", **changes})
-        for stage in (1, 2, 3)
-        for what, model, changes in (("AdamW, tied", TIED, adamw), ("experts", EXPERTS, {}),
-                                     ("bfloat16", DENSE, {"dtype": "bfloat16"}))
-    ]  # fmt: skip
-    return [*stages, *more]
-
-
-def _tensor_parallel() -> list[Case]:
-    mesh = MeshConfig(tp=2)
-    return [
-        Case(
-            f"tp{n}{', sp' if sp else ''}, vocabulary {vocab}, {impl}",
-            MeshConfig(tp=n, sequence_parallel=sp, vocab_parallel=vocab),
-            DENSE,
-            {"impl": impl},
-        )
-        for impl in ("plain", "fused")
-        for n, sp, vocab in ((2, False, "none"), (4, False, "naive"), (2, False, "1"),
-                             (4, True, "2"), (2, True, "naive"), (4, True, "none"))
-    ] + [
-        Case("tp, fused, tied embedding", mesh, TIED, {"impl": "fused"}),
-        Case("tp, fused, experts", mesh, EXPERTS, {"impl": "fused"}),
-        Case("tp, fused", mesh, DENSE, {"impl": "fused", "dtype": "float32"}),
-        Case("tp, sp, fused, bfloat16", MeshConfig(tp=4, sequence_parallel=True), DENSE,
-             {"impl": "fused", "dtype": "bfloat16"}),
-    ]  # fmt: skip
-
-
-def _products() -> list[Case]:
-    both = {"micro_batch_size": 2, "impl": "fused", "dropout": 0.3}
-    meshes = [MeshConfig(dp=2, tp=2, zero=stage, sequence_parallel=stage > 1) for stage in range(4)]
-    return [
-        Case(f"{describe(mesh, kind)}, dropout 0.3", mesh, DENSE, {**both, "recompute": kind})
-        for mesh, kind in zip(meshes, ("none", "selective", "none", "full"), strict=True)
-    ]
-
-
-def sample(count: int, seed: int = 0) -> list[Case]:
-    """Random products of everything, always the same ones: rows 1 to `count` of --all."""
-    dice = random.Random(seed)
-    return [_draw(dice) for _ in range(count)]
-
-
-def _draw(dice: random.Random) -> Case:
-    """Sizes are odd where they may be: nothing should divide by luck."""
-    tp, dp = dice.choice([(1, 3), (1, 4), (2, 1), (2, 2), (2, 3), (2, 4), (3, 1), (3, 2), (4, 2),
-                          (4, 1), (8, 1)])  # fmt: skip
-    heads = {3: 6, 8: 8}.get(tp, 4)
-    shared = [n for n in range(1, heads + 1) if heads % n == 0 and (n % tp == 0 or tp % n == 0)]
-    experts, tied = dice.choice([0, 0, 0, 3]), dice.random() < 0.3
-    model = ModelConfig(
-        vocab_size=323, hidden_size=48, layers=2, heads=heads, kv_heads=dice.choice(shared),
-        ffn_size=50, experts=experts, tied=tied,
-    )  # fmt: skip
-    mesh = MeshConfig(
-        dp=dp, tp=tp, zero=dice.choice([0, 1, 2, 3]) if dp > 1 else 0,
-        sequence_parallel=tp > 1 and dice.random() < 0.6,
-        vocab_parallel=dice.choice(["naive", "1", "2"] + ["none"] * (not tied)) if tp > 1 else "",
-    )  # fmt: skip
-    changes = {
-        "impl": dice.choice(["plain", "fused"]), "dropout": dice.choice([0.0, 0.2]),
-        "micro_batch_size": dice.choice([n for n in (2, 3, 4, 6, 12) if 12 % (n * dp) == 0]),
-        "recompute": dice.choice(["none", "selective", "full"]), "bucket_mib": 0.02,
-        "sequence_length": 24 if tp == 3 else 16,
-        "dtype": dice.choice(["float64", "float64", "float32"]),
-    }  # fmt: skip
-    what = [f"kv {model.kv_heads}", changes["impl"]]
-    what += ["experts"] * bool(experts) + ["tied"] * tied + ["dropout"] * (changes["dropout"] > 0)
-    return Case(f"{describe(mesh, changes['recompute'])}, {', '.join(what)}", mesh, model, changes)
-
-
-def describe(mesh: MeshConfig, recompute: str) -> str:
-    """A mesh in a few words: 'dp2 zero3 tp2 sp vocab-2 recompute-full'."""
-    words = [f"dp{mesh.dp}"] * (mesh.dp > 1) + [f"zero{mesh.zero}"] * (mesh.zero > 0)
-    words += [f"tp{mesh.tp}"] * (mesh.tp > 1) + ["sp"] * mesh.sequence_parallel
-    words += [f"vocab-{mesh.vocab_parallel}"] * bool(mesh.vocab_parallel)
-    words += [f"recompute-{recompute}"] * (recompute != "none")
-    return " ".join(words)
-
-
-# ---- how
-
 BASE = TrainConfig(
     global_batch_size=12, micro_batch_size=12, sequence_length=16, steps=STEPS, lr=0.5,
     warmup_steps=0, optimizer="sgd", dtype="float64", impl="plain", weight_decay=0.01,
     validation_fraction=0,
 )  # fmt: skip
+# 8 windows of 16 bytes and a ragged one of 4: ranks count different numbers of labels
+TEXT = "a gradient is a sum over tokens, never a mean over ranks; " * 3
+TEXT_BYTES = 8 * 16 + 5
 SHARED = ("dropout", "optimizer", "lr", "sequence_length")  # one device is asked for these as well
 
 
@@ -252,7 +99,9 @@ def verify(
             if (case.model, alone) not in references:
                 references[case.model, alone] = trajectories(case.model, MeshConfig(), alone)[0]
             found = trajectories(case.model, case.mesh, cfg)
-            worst = max(deviation(mine, references[case.model, alone]) for mine in found)
+            reference = references[case.model, alone]
+            worst = max(deviation(mine, reference) for mine in found)
+            worst = worst if covers(found, reference) else math.inf
             sent, peak = (max(mine[key] for mine in found) for key in ("bytes", "peak"))
             rows.append(Row(case.technique, len(found), cfg.dtype, worst, sent // STEPS, peak))
             show(rows[-1].line())
@@ -310,6 +159,15 @@ def _step(trainer: Trainer, step: int, seen: dict[str, Any]) -> None:
             name = f"step {step} gradient {p.record.name}"
             seen["tensors"].append((name, p.record, p.grad.clone()))
     seen["numbers"] += [loss, trainer.update(step)]
+
+
+def covers(found: list[dict[str, Any]], reference: dict[str, Any]) -> bool:
+    """Whether the ranks together hold every element of every gradient and weight."""
+    missing = {name: torch.ones(whole.shape, dtype=bool) for name, _, whole in reference["tensors"]}
+    for mine in found:
+        for name, record, _ in mine["tensors"]:
+            missing[name][record.index] = False
+    return not any(elements.any() for elements in missing.values())
 
 
 def deviation(mine: dict[str, Any], reference: dict[str, Any]) -> float:

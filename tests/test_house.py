@@ -39,7 +39,7 @@ LAYERS = (
     "heartbeat notes",
     "alone buffers baton",
     "analysis",
-    "schedules",
+    "schedules cases",
     "config ledger dropout kernels __init__",
 )
 BUILDS_ON = ("sequence_parallel", "tensor_parallel")  # the one technique that extends another

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from picotron_lab import trainer, verify
-from picotron_lab.verify import DENSE, deviation, relative
+from picotron_lab.cases import DENSE, Case, sample
+from picotron_lab.config import MeshConfig
+from picotron_lab.verify import deviation, relative
 
 
 def test_relative_difference():
@@ -38,9 +40,23 @@ def test_a_shard_is_compared_with_its_part():
         assert deviation(mine, whole) == expected
 
 
+def test_rows_that_no_rank_holds_are_noticed():
+    whole = {"tensors": [("w", None, torch.ones(4, 2)), ("v", None, torch.ones(3))]}
+
+    def rank(*slices):
+        records = [type("Record", (), {"index": part}) for part in slices]
+        return {"tensors": list(zip("wv", records, (None, None), strict=True))}
+
+    everything = slice(None)
+    top, bottom = rank(slice(0, 2), everything), rank(slice(2, 4), everything)
+    assert verify.covers([top, bottom], whole)
+    assert not verify.covers([top, rank(slice(3, 4), everything)], whole)
+    assert not verify.covers([rank(everything, slice(1, 3))], whole)
+
+
 def test_the_sample_is_always_the_same_and_covers_everything():
-    cases = verify.sample(40)
-    assert cases == verify.sample(40) and cases[:12] == verify.sample(12)
+    cases = sample(40)
+    assert cases == sample(40) and cases[:12] == sample(12)
     assert len({(case.mesh, case.model) for case in cases}) > 35
     for field, values in (("zero", {0, 1, 2, 3}), ("tp", {1, 2, 3, 4, 8}), ("dp", {1, 2, 3, 4}),
                           ("vocab_parallel", {"", "none", "naive", "1", "2"})):  # fmt: skip
@@ -48,7 +64,7 @@ def test_the_sample_is_always_the_same_and_covers_everything():
     assert {case.changes["recompute"] for case in cases} == {"none", "selective", "full"}
 
 
-@pytest.mark.parametrize("case", verify.sample(12), ids=lambda case: case.technique)
+@pytest.mark.parametrize("case", sample(12), ids=lambda case: case.technique)
 def test_a_random_product_equals_one_device(case):
     """The first rows of `run.py verify --all`; the others run there."""
     assert verify.verify([case])[0].good
@@ -68,5 +84,5 @@ def test_a_mean_of_means_is_bad(monkeypatch):
 
     monkeypatch.setattr(trainer.OneStage, "run", run)
     changes = {"micro_batch_size": 1, "dp_step": "naive"}
-    case = verify.Case("dp, naive", verify.MeshConfig(dp=3), DENSE, changes)
+    case = Case("dp, naive", MeshConfig(dp=3), DENSE, changes)
     assert not verify.verify([case])[0].good

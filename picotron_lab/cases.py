@@ -1,0 +1,161 @@
+"""Cases: what `run.py verify` compares with one device: every technique, and products of them.
+
+Sizes   small, and odd where they may be: nothing should divide by luck
+"""
+
+import dataclasses
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from picotron_lab.config import MeshConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mesh, one model, and which training options differ from those of verify.py."""
+
+    technique: str
+    mesh: MeshConfig
+    model: ModelConfig
+    changes: dict[str, Any]
+
+
+DENSE = ModelConfig(vocab_size=320, hidden_size=32, layers=2, heads=4, kv_heads=2, ffn_size=72)
+EXPERTS = dataclasses.replace(DENSE, experts=3, top_k=2)
+TIED = dataclasses.replace(DENSE, tied=True)
+
+
+def cases() -> list[Case]:
+    """The rows that are always shown: every technique, plain and fused, and a few products."""
+    return [*_one_device(), *_data_parallel(), *_zero(), *_tensor_parallel(), *_products()]
+
+
+def _one_device() -> list[Case]:
+    one, two, fused = {"micro_batch_size": 1}, {"micro_batch_size": 2}, {"impl": "fused"}
+    mesh, four = MeshConfig(), {"micro_batch_size": 3}
+    return [
+        Case("gradient accumulation, 4 micro-batches", mesh, DENSE, four),
+        Case("gradient accumulation, 12 micro-batches", mesh, DENSE, one),
+        Case("dropout 0.3, 4 micro-batches", mesh, DENSE, {**four, "dropout": 0.3}),
+        Case("fused model", mesh, DENSE, fused),
+        Case("fused model", mesh, DENSE, {**fused, "dtype": "float32"}),
+        Case("fused model, experts", mesh, EXPERTS, {**fused, **two}),
+        Case("fused model, tied embedding", mesh, TIED, {**fused, **two}),
+        Case("bfloat16, float32 gradients and masters", mesh, DENSE, {"dtype": "bfloat16"}),
+        Case("recompute selective", mesh, DENSE, {**four, "recompute": "selective"}),
+        Case("recompute full", mesh, DENSE, {**four, "recompute": "full", "dropout": 0.3}),
+        Case("recompute full, fused, experts", mesh, EXPERTS, {**fused, "recompute": "full"}),
+    ]
+
+
+def _data_parallel() -> list[Case]:
+    one, two, fused = {"micro_batch_size": 1}, {"micro_batch_size": 2}, {"impl": "fused"}
+    bf16, adamw = {"dtype": "bfloat16"}, {"optimizer": "adamw", "lr": 0.01}
+    lesson = [
+        Case(f"dp, {step}", MeshConfig(dp=n), DENSE, {**one, "bucket_mib": 0.02, "dp_step": step})
+        for step in ("naive", "overlapped", "bucketed", "silent")
+        for n in (2, 3, 4)
+    ]
+    dp2, dp3, dp4 = (MeshConfig(dp=n) for n in (2, 3, 4))
+    return [
+        *lesson,
+        Case("dp, fused, dropout 0.3", dp3, DENSE, {**two, **fused, "dropout": 0.3}),
+        Case("dp, fused", dp4, DENSE, {**one, **fused, "dtype": "float32"}),
+        Case("dp, fused, AdamW", dp3, DENSE, {**two, **fused, **adamw}),
+        Case("dp, fused, experts", dp4, EXPERTS, {**one, **fused}),
+        Case("dp, fused, tied embedding", dp4, TIED, {**one, **fused}),
+        Case("dp, bfloat16", dp2, DENSE, {**two, **fused, **bf16}),
+        Case("dp, bfloat16, gradients sent in bfloat16", dp2, DENSE,
+             {**two, **fused, **bf16, "reduce_dtype": "bfloat16"}),
+    ]  # fmt: skip
+
+
+def _zero() -> list[Case]:
+    two, adamw = {"micro_batch_size": 2}, {"optimizer": "adamw", "lr": 0.01}
+    stages = [
+        Case(f"ZeRO-{stage}, {impl}", MeshConfig(dp=n, zero=stage), DENSE, {**two, "impl": impl})
+        for stage in (1, 2, 3)
+        for impl, n in (("plain", 2), ("fused", 3))
+    ]
+    more = [
+        Case(f"ZeRO-{stage}, fused, {what}", MeshConfig(dp=2, zero=stage), model,
+             {**two, "impl": "fused", **changes})
+        for stage in (1, 2, 3)
+        for what, model, changes in (("AdamW, tied", TIED, adamw), ("experts", EXPERTS, {}),
+                                     ("bfloat16", DENSE, {"dtype": "bfloat16"}))
+    ]  # fmt: skip
+    return [*stages, *more]
+
+
+def _tensor_parallel() -> list[Case]:
+    mesh = MeshConfig(tp=2)
+    return [
+        Case(
+            f"tp{n}{', sp' if sp else ''}, vocabulary {vocab}, {impl}",
+            MeshConfig(tp=n, sequence_parallel=sp, vocab_parallel=vocab),
+            DENSE,
+            {"impl": impl},
+        )
+        for impl in ("plain", "fused")
+        for n, sp, vocab in ((2, False, "none"), (4, False, "naive"), (2, False, "1"),
+                             (4, True, "2"), (2, True, "naive"), (4, True, "none"))
+    ] + [
+        Case("tp, fused, tied embedding", mesh, TIED, {"impl": "fused"}),
+        Case("tp, fused, experts", mesh, EXPERTS, {"impl": "fused"}),
+        Case("tp, fused", mesh, DENSE, {"impl": "fused", "dtype": "float32"}),
+        Case("tp, sp, fused, bfloat16", MeshConfig(tp=4, sequence_parallel=True), DENSE,
+             {"impl": "fused", "dtype": "bfloat16"}),
+    ]  # fmt: skip
+
+
+def _products() -> list[Case]:
+    both = {"micro_batch_size": 2, "impl": "fused", "dropout": 0.3}
+    meshes = [MeshConfig(dp=2, tp=2, zero=stage, sequence_parallel=stage > 1) for stage in range(4)]
+    return [
+        Case(f"{describe(mesh, kind)}, dropout 0.3", mesh, DENSE, {**both, "recompute": kind})
+        for mesh, kind in zip(meshes, ("none", "selective", "none", "full"), strict=True)
+    ]
+
+
+def sample(count: int, seed: int = 0) -> list[Case]:
+    """Random products of everything, always the same ones: rows 1 to `count` of --all."""
+    dice = random.Random(seed)
+    return [_draw(dice) for _ in range(count)]
+
+
+def _draw(dice: random.Random) -> Case:
+    """Sizes are odd where they may be: nothing should divide by luck."""
+    tp, dp = dice.choice([(1, 3), (1, 4), (2, 1), (2, 2), (2, 3), (2, 4), (3, 1), (3, 2), (4, 2),
+                          (4, 1), (8, 1)])  # fmt: skip
+    heads = {3: 6, 8: 8}.get(tp, 4)
+    shared = [n for n in range(1, heads + 1) if heads % n == 0 and (n % tp == 0 or tp % n == 0)]
+    experts, tied = dice.choice([0, 0, 0, 3]), dice.random() < 0.3
+    model = ModelConfig(
+        vocab_size=323, hidden_size=48, layers=2, heads=heads, kv_heads=dice.choice(shared),
+        ffn_size=50, experts=experts, tied=tied,
+    )  # fmt: skip
+    mesh = MeshConfig(
+        dp=dp, tp=tp, zero=dice.choice([0, 1, 2, 3]) if dp > 1 else 0,
+        sequence_parallel=tp > 1 and dice.random() < 0.6,
+        vocab_parallel=dice.choice(["naive", "1", "2"] + ["none"] * (not tied)) if tp > 1 else "",
+    )  # fmt: skip
+    changes = {
+        "impl": dice.choice(["plain", "fused"]), "dropout": dice.choice([0.0, 0.2]),
+        "micro_batch_size": dice.choice([n for n in (2, 3, 4, 6, 12) if 12 % (n * dp) == 0]),
+        "recompute": dice.choice(["none", "selective", "full"]), "bucket_mib": 0.02,
+        "sequence_length": 24 if tp == 3 else 16,
+        "dtype": dice.choice(["float64", "float64", "float32"]),
+    }  # fmt: skip
+    what = [f"kv {model.kv_heads}", changes["impl"]]
+    what += ["experts"] * bool(experts) + ["tied"] * tied + ["dropout"] * (changes["dropout"] > 0)
+    return Case(f"{describe(mesh, changes['recompute'])}, {', '.join(what)}", mesh, model, changes)
+
+
+def describe(mesh: MeshConfig, recompute: str) -> str:
+    """A mesh in a few words: 'dp2 zero3 tp2 sp vocab-2 recompute-full'."""
+    words = [f"dp{mesh.dp}"] * (mesh.dp > 1) + [f"zero{mesh.zero}"] * (mesh.zero > 0)
+    words += [f"tp{mesh.tp}"] * (mesh.tp > 1) + ["sp"] * mesh.sequence_parallel
+    words += [f"vocab-{mesh.vocab_parallel}"] * bool(mesh.vocab_parallel)
+    words += [f"recompute-{recompute}"] * (recompute != "none")
+    return " ".join(words)
