@@ -138,8 +138,8 @@ def add_mesh_options(parser: Parser) -> None:
     )
     mesh.add_argument(
         "--vocab-parallel", metavar="STR",
-        help="output layer over tp: naive, algorithm 1, algorithm 2, or none, which gathers all "
-        "logits (default: naive for plain, 2 for fused)",
+        help="output layer over tp: naive, 1 or 2 (the paper's algorithms), or none, which gathers "
+        "all logits (default: naive for plain, 2 for fused)",
     )
     mesh.add_argument("--ranks", type=int, metavar="N", help="N ranks as threads of this process")
 

@@ -293,11 +293,13 @@ class TrainConfig:
             f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr:g}; "
             f"try --min-lr {self.lr / 10:g}.",
         )
-        buckets = "--dp-step silent" if self.dp_step else "--impl fused"
+        choice, buckets = f"--impl {self.impl}", "--impl fused"
+        if self.dp_step:
+            choice, buckets = f"--dp-step {self.dp_step}", "--dp-step silent"
         _require(
             not self.reduce_dtype or self.sync_step in ("bucketed", "silent"),
-            f"--reduce-dtype {self.reduce_dtype} needs buckets, which --dp-step {self.sync_step} "
-            f"has not; try {buckets}.",
+            f"--reduce-dtype {self.reduce_dtype} needs buckets, which {choice} has not; try "
+            f"{buckets}.",
         )
         _require(
             self.save_every == 0 or self.save_dir is not None,

@@ -60,8 +60,11 @@ WRONG = {
     "an even width; try head_size 4": lambda: ModelConfig(head_size=3),
     "--save-every 5 needs a folder; add --save-dir": lambda: TrainConfig(save_every=5),
     "--resume without a folder": lambda: TrainConfig(resume="latest"),
-    "--reduce-dtype bfloat16 needs buckets": lambda: TrainConfig(
-        reduce_dtype="bfloat16", dp_step="naive"
+    "--reduce-dtype bfloat16 needs buckets, which --dp-step naive has not; try --dp-step silent": (
+        lambda: TrainConfig(reduce_dtype="bfloat16", dp_step="naive")
+    ),
+    "--reduce-dtype bfloat16 needs buckets, which --impl plain has not; try --impl fused": (
+        lambda: TrainConfig(reduce_dtype="bfloat16", impl="plain")
     ),
     "must be a multiple of --micro-batch-size 5 times 3 data-parallel ranks; "
     "try --global-batch-size 30": lambda: TrainConfig(
