@@ -5,17 +5,22 @@ Idea    torch.distributed trusts its caller: a scalar, a gradient that stops flo
         alike.
 Rules   Every error is a CommError that says what was given, what is needed and what to give
         instead.
-Tests   tests/test_comm.py
+Own     What a world allocates for itself is not memory of a rank's program: it does so `unmetered`.
+Tests   tests/test_comm.py, tests/test_memory.py
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from picotron_lab.ledger import CommError
 
 REDUCTIONS = ("sum", "mean", "max")
+
+# `with unmetered():` no dispatch mode (a memory meter) sees what happens inside
+unmetered = _disable_current_modes
 
 
 def describe(x: Tensor) -> str:

@@ -9,7 +9,8 @@ Idea    A baton (baton.py) lets exactly one rank run; it changes hands only insi
         once: nobody can run.
 Rules   Each rank has its own random state (torch, numpy, random), as in a process of its own.
         Tensors and modules that several ranks can reach are shared: make them inside the function.
-        A rank's dispatch modes (a memory meter) see its own tensors, not the lab's copies.
+        A rank's dispatch modes (a memory meter) see its own tensors, not the lab's copies: what
+        the lab does with copies, it does `unmetered`.
         `seed=` fuzzes who runs next: what depends on luck in real life fails here for some seed. A
         send waits for its recv, as it may in real life. An input changed before wait() is an error,
         and so is a call that not every rank made.
@@ -24,11 +25,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from picotron_lab.alone import Work
 from picotron_lab.baton import Baton
-from picotron_lab.buffers import describe
+from picotron_lab.buffers import describe, unmetered
 from picotron_lab.comm import Axis
 from picotron_lab.ledger import Call, CommError, Ledger
 from picotron_lab.notes import rows_disagree
@@ -126,7 +126,8 @@ class Threads:
         return self._meet(call, out, out, lambda xs: [xs[source]] * len(xs))
 
     def barrier(self, call: Call) -> Work:
-        nothing = torch.empty(0)
+        with unmetered():
+            nothing = torch.empty(0)
         return self._meet(call, nothing, nothing, lambda xs: xs)
 
     def all_to_all(
@@ -181,7 +182,8 @@ class Threads:
 
         def collect() -> None:
             _check_unchanged(call, x, copy)
-            out.copy_(slot.results[self._ranks.index(self._me)])
+            with unmetered():
+                out.copy_(slot.results[self._ranks.index(self._me)])
 
         return Waiting(self._baton, self._me, call, lambda: slot.results is not None, collect)
 
@@ -213,7 +215,8 @@ class Threads:
                 f"ranks disagree: rank {source} sends {describe(sent.x)} in {sent.call}, but rank "
                 f"{target} expects {describe(received.x)} in {received.call}."
             )
-        received.x.copy_(sent.x)
+        with unmetered():
+            received.x.copy_(sent.x)
         _settle(sent.x)
         sent.taken = received.taken = True
         return mine
@@ -243,11 +246,6 @@ def _reduce(xs: list[Tensor], op: str) -> Tensor:
     return total.div_(len(xs)) if op == "mean" else total
 
 
-# Copies lie on the table, and whoever comes last computes for all: memory of the lab, not of that
-# rank, so no dispatch mode of the rank (a meter) may see it.
-unmetered = _disable_current_modes
-
-
 def _copy(x: Tensor) -> Tensor:
     with unmetered():
         copy = x.clone()
@@ -261,9 +259,15 @@ def _settle(x: Tensor) -> None:
         torch.cuda.current_stream(x.device).synchronize()
 
 
+def _bits(x: Tensor) -> Tensor:
+    return x.reshape(-1).view(torch.uint8)
+
+
 def _check_unchanged(call: Call, x: Tensor, copy: Tensor) -> None:
     """Compares bits, for a NaN does not equal itself."""
-    if not torch.equal(x.reshape(-1).view(torch.uint8), copy.reshape(-1).view(torch.uint8)):
+    with unmetered():
+        unchanged = torch.equal(_bits(x), _bits(copy))
+    if not unchanged:
         raise CommError(
             f"the tensor given to {call} changed before wait(): leave it alone until then, and let "
             "no other rank reach it."

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from picotron_lab.alone import Work
-from picotron_lab.buffers import describe
+from picotron_lab.buffers import describe, unmetered
 from picotron_lab.ledger import Call, CommError
 
 SIZE = 256  # bytes of a note: what must be alike, then the call in words
@@ -56,7 +56,8 @@ class Compared:
 
     def exchange(self, call: Call, sends: list, receives: list) -> Work:
         """Each message follows its note; between two ranks messages keep their order."""
-        notes = [(torch.empty(SIZE, dtype=torch.uint8), source) for _, source in receives]
+        with unmetered():
+            notes = [(torch.empty(SIZE, dtype=torch.uint8), source) for _, source in receives]
         going = [pair for x, to in sends for pair in [(_write(describe(x), call), to), (x, to)]]
 
         def check() -> None:
@@ -76,8 +77,9 @@ class Compared:
 
     def _compare(self, call: Call, begin: Callable[[], Work]) -> Work:
         """Gather the notes of all ranks, and begin the call."""
-        notes = torch.empty(len(self._ranks) * SIZE, dtype=torch.uint8)
-        gathered = self._world.all_gather(call, notes, _write(f"{call.op} {call.detail}", call))
+        with unmetered():
+            notes = torch.empty(len(self._ranks) * SIZE, dtype=torch.uint8)
+            gathered = self._world.all_gather(call, notes, _write(f"{call.op} {call.detail}", call))
 
         def check() -> None:
             first, words = _read(notes[:SIZE])
@@ -96,8 +98,9 @@ class Compared:
     ) -> Work:
         """Tell every rank how many rows it will get from me, and begin the all_to_all."""
         ones = [1] * len(self._ranks)
-        coming = torch.empty(len(ones), dtype=torch.int64)
-        told = self._world.all_to_all(call, coming, torch.tensor(send_rows), ones, ones)
+        with unmetered():
+            coming, going = torch.empty(len(ones), dtype=torch.int64), torch.tensor(send_rows)
+            told = self._world.all_to_all(call, coming, going, ones, ones)
 
         def check() -> None:
             for rank, sent, asked in zip(self._ranks, coming.tolist(), receive_rows, strict=True):

@@ -9,12 +9,14 @@ Idea    What backward needs from forward can be computed twice instead of kept. 
         Run again must mean the same numbers: dropout masks here are functions of the place of an
         element (dropout.py), so that no random state need be kept. Nor may weights, inputs or
         train/eval change between forward and backward.
-Before  a layer keeps what each operator needs: norms + qkv + scores + mlp + dropout
+Before  a layer keeps what each operator needs: norms, angles, q, k, v, scores, mixed values, mlp,
+        dropout. The forms and their derivation: analysis/activations.py
 After   selective: all but scores   full: one input, e N D bytes a layer, and all of one layer at a
-        time in backward. The forms and their derivation: analysis/activations.py
-Wire    nothing of its own; but what runs again sends again. full: what a layer's forward sends in
-        tensor parallelism, 2 all_reduces, with sequence parallelism 2 all_gathers and 2
-        reduce_scatters. ZeRO-3 gathers weights for backward anyway: no more. selective: nothing
+        time in backward
+Wire    nothing of its own; but what runs again sends again. full: as many calls as the layers'
+        forward makes, in tensor parallelism 2 all_reduces a layer, with sequence parallelism 2
+        all_gathers and 2 reduce_scatters; `run_partly` says when the last one is spared. ZeRO-3
+        gathers weights for backward anyway: no more. selective: nothing
 Axes    none: every rank runs its own part again
 Dims    B micro-batch  T sequence  D width  H/K query/kv heads  C head width  F feed-forward width
         N = B*T tokens
@@ -29,21 +31,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from picotron_lab import sharding
 from picotron_lab.analysis import cost
-from picotron_lab.analysis.activations import Setting, model_bytes
+from picotron_lab.analysis.activations import Setting, layer_bytes, model_bytes
 from picotron_lab.analysis.memory import Meter
-from picotron_lab.config import ConfigError, ModelConfig
+from picotron_lab.config import RECOMPUTE, ConfigError, ModelConfig
 from picotron_lab.dropout import Where
 from picotron_lab.model import AttentionCore, Llama, initial_value
 
 # ---- 1. the idea
-
-KINDS = ("none", "selective", "full")
 
 
 def apply(model: Llama, kind: str, impl: str = "plain") -> None:
@@ -56,8 +55,8 @@ def apply(model: Llama, kind: str, impl: str = "plain") -> None:
     A fused core (scaled_dot_product_attention) is selective by itself: its kernel keeps q, k, v and
     the result, and forms the scores again. So selective leaves a fused model as it is.
     """
-    if kind not in KINDS:
-        raise ConfigError(f"--recompute {kind} is not one of {', '.join(KINDS)}.")
+    if kind not in RECOMPUTE:
+        raise ConfigError(f"--recompute {kind} is not one of {', '.join(RECOMPUTE)}.")
     if kind == "full":
         for i, layer in enumerate(model.layers):
             model.layers[i] = Recompute(layer, impl)
@@ -71,7 +70,8 @@ class Recompute(nn.Module):
     """`module`, which keeps nothing but its inputs for backward.
 
     Inputs may be tensors, and anything that holds tensors without gradients; the result is one
-    tensor. Without gradients it is the module itself.
+    tensor. Without gradients it is the module itself. One may lie inside another; but a fused one
+    inside a fused one keeps its own inputs as well.
     """
 
     def __init__(self, module: nn.Module, impl: str):
@@ -96,7 +96,7 @@ def run_twice(module: nn.Module, inputs: Sequence[Any]) -> Tensor:
     """Call the module, in forward without a graph, in backward with one.
 
     Backward fills every parameter's .grad as it goes, and calls its hooks: call backward(), for
-    torch.autograd.grad would find no path to the parameters.
+    torch.autograd.grad would find no path to the parameters. It has no second derivatives.
     """
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     learns = any(x.requires_grad for x in [*tensors, *module.parameters()])
@@ -120,8 +120,11 @@ class RunTwice(torch.autograd.Function):
         return module(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        assert not torch.is_grad_enabled(), (
+            "create_graph=True asks for second derivatives, which the plain path of recomputation "
+            'drops: use impl="fused", or do not recompute this module.'
+        )
         inputs = list(ctx.inputs)
         for i, saved in zip(ctx.places, ctx.saved_tensors, strict=True):
             inputs[i] = saved
@@ -139,9 +142,13 @@ class RunTwice(torch.autograd.Function):
 def run_partly(module: nn.Module, inputs: Sequence[Any]) -> Tensor:
     """Call the module, and again in backward up to the last tensor that backward needs.
 
-    What follows that tensor is skipped: a layer's last matmul (and its all_reduce), the product of
-    attention weights and values. With dropout the last tensor is its mask: nothing is skipped.
+    What follows that tensor is skipped: in attention the product of weights and values, in a layer
+    the last matmul and, in plain tensor parallelism, its all_reduce. Nothing is skipped where the
+    last operator itself keeps a tensor: dropout keeps its mask, and a fused region of
+    tensor_parallel.py is one operator, all_reduce included.
     """
+    if not torch.is_grad_enabled():
+        return module(*inputs)
     return Replay(module, inputs).run()
 
 
@@ -154,7 +161,8 @@ class Replay:
 
     def __init__(self, module: nn.Module, inputs: Sequence[Any]):
         self.module, self.inputs = module, inputs
-        self.wanted = 0
+        self.versions = versions(inputs)
+        self.shapes: list[torch.Size] = []  # of the tensors that it wanted to keep
         self.again: dict[int, Tensor] = {}
 
     def run(self) -> Tensor:
@@ -163,8 +171,8 @@ class Replay:
             return self.module(*self.inputs)
 
     def _number(self, tensor: Tensor) -> int:
-        self.wanted += 1
-        return self.wanted - 1
+        self.shapes.append(tensor.shape)
+        return len(self.shapes) - 1
 
     def _fetch(self, k: int) -> Tensor:
         if k not in self.again:
@@ -172,11 +180,15 @@ class Replay:
         return self.again.pop(k)
 
     def _run_again(self) -> None:
+        assert versions(self.inputs) == self.versions, (
+            "an input of a recomputed module was changed in place before backward: make a new "
+            "tensor instead."
+        )
         kept: list[Tensor] = []
 
         def keep(tensor: Tensor) -> None:
             kept.append(tensor.detach())
-            if len(kept) == self.wanted:
+            if len(kept) == len(self.shapes):
                 raise Enough
 
         def never(_: None) -> Tensor:
@@ -185,11 +197,20 @@ class Replay:
         hooks = saved_tensors_hooks(keep, never)
         with torch.enable_grad(), suppress(Enough), hooks:
             self.module(*detached(self.inputs))
+        assert [tensor.shape for tensor in kept] == self.shapes, (
+            "a recomputed module wanted to keep other tensors the second time: leave train/eval "
+            "and requires_grad alone between forward and backward."
+        )
         self.again = dict(enumerate(kept))
 
 
 class Enough(Exception):
     """All that backward needs is there again."""
+
+
+def versions(inputs: Sequence[Any]) -> list[int]:
+    """How often each tensor among the inputs was changed in place, as torch counts it."""
+    return [x._version for x in inputs if isinstance(x, Tensor)]
 
 
 # ---- 4. contract
@@ -199,7 +220,8 @@ def flops_again(cfg: ModelConfig, batch: int, sequence: int, kind: str, impl: st
     """Operations of matmuls that a training step of a plain model runs once more, without dropout.
 
     full        one forward of the layers: 3 become 4, where forward is 1 and backward is 2
-    selective   4 N T H C a layer, scores and values; fused: without values, as full without `down`
+    selective   4 N T H C a layer, scores and values
+    impl        of the recomputation: "fused" spares values, and of full the matmul `down`
     """
     N, fused = batch * sequence, impl == "fused"
     values = 2 * N * sequence * cfg.heads * cfg.head_width
@@ -217,17 +239,18 @@ def main() -> None:
     cfg = ModelConfig(vocab_size=64, hidden_size=32, layers=3, heads=4, kv_heads=2, ffn_size=88)
     B, T = 2, 48
     once = cost.flops_per_token(cfg, T) * B * T
-    formulas = ("norms + qkv + scores + mlp", "norms + qkv + mlp", "e N D")
     print(f"{cfg.layers} layers, B = {B}, T = {T}, D = {cfg.hidden_size}, float32: e = 4")
-    print("bytes kept for backward   a layer: formula      model: predicted measured")
-    for kind, formula in zip(KINDS, formulas, strict=True):
+    print("bytes kept for backward: parts of a layer (layer_bytes)      layers and rest of model")
+    print(f"{'':64} predicted measured")
+    for kind in RECOMPUTE:
+        at = Setting(B, T, 4)
+        parts = [part for part, kept in layer_bytes(cfg, at, kind).items() if kept]
         for impl in ("plain", "fused"):
-            predicted = model_bytes(cfg, Setting(B, T, 4), kind)
-            print(f"{kind:10} {impl:8} {formula:>33}", end="")
-            print(f" {predicted:16} {_kept(cfg, B, T, kind, impl):8}")
+            predicted, measured = model_bytes(cfg, at, kind), _kept(cfg, B, T, kind, impl)
+            print(f"{kind:10} {impl:6} {' + '.join(parts):48} {predicted:7} {measured:8}")
     print("operations of matmuls     formula                  predicted measured   of a step")
     formulas = ("0", "L 4NTHC", "forward of layers", "L 2NTHC", "... without down")
-    cases = [("none", "plain"), *((k, i) for i in ("plain", "fused") for k in KINDS[1:])]
+    cases = [("none", "plain"), *((k, i) for i in ("plain", "fused") for k in RECOMPUTE[1:])]
     plain = _operations(cfg, B, T, "none", "plain")
     for (kind, impl), formula in zip(cases, formulas, strict=True):
         predicted = flops_again(cfg, B, T, kind, impl)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_recompute import AGAIN, ALL, CFG, CONFIGS, batch, build
 
-from picotron_lab.analysis.activations import Setting, layer_bytes, model_bytes
+from picotron_lab.analysis.activations import Setting, layer_bytes, model_bytes, rest_bytes
 from picotron_lab.analysis.memory import Meter
 from picotron_lab.config import ModelConfig
 
@@ -32,7 +32,7 @@ SIZES = {torch.bfloat16: 2, torch.float32: 4, torch.float64: 8}
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize("name", ["grouped", "one kv head", "no groups"])
 def test_saved_bytes_equal_the_formula(kind, impl, dtype, rate, name):
-    for B, T in ((3, 7), (1, 10)):
+    for B, T in ((3, 7), (1, 10), (2, 1)):
         model = build(CONFIGS[name], kind, impl, rate, dtype)
         kept, left = kept_and_left(model, batch(B, T))
         setting = Setting(B, T, SIZES[dtype], dropout=rate > 0)
@@ -72,10 +72,11 @@ def test_what_was_computed_again_is_given_up_once_it_is_used(kind, impl):
 
 
 @pytest.mark.parametrize(("kind", "impl"), AGAIN)
-def test_without_gradients_nothing_is_kept(kind, impl):
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_kept(kind, impl, without):
     model = build(kind=kind, impl=impl, dtype=torch.float32)
     inputs = batch()
-    with Meter() as meter, torch.no_grad():
+    with Meter() as meter, without():
         loss = model(*inputs)
         assert meter.live_bytes == 4
         del loss
@@ -111,6 +112,28 @@ def test_a_layer_on_two_ranks_worked_by_hand():
     assert sum(layer_bytes(cfg, tp).values()) == 4 * (200 + 48 + 16 + 16 + 48) + 16 + 64
     assert sum(layer_bytes(cfg, sp).values()) == 4 * (100 + 48 + 16 + 16 + 48) + 16 + 32
     assert layer_bytes(cfg, sp, "full") == {"input": 4 * 16}
+
+
+def test_a_misspelled_kind_is_no_kind():
+    for count in (layer_bytes, rest_bytes, model_bytes):
+        with pytest.raises(AssertionError, match="no recomputation 'ful': ask for one of none, "):
+            count(CFG, Setting(1, 4, 4), "ful")
+
+
+@pytest.mark.parametrize(("kv_heads", "ranks"), [(2, 3), (4, 3), (1, 8), (2, 8)])
+def test_heads_that_ranks_cannot_share(kv_heads, ranks):
+    """Four query heads: neither 3 nor 8 ranks have as many each."""
+    cfg = ModelConfig(hidden_size=8, heads=4, kv_heads=kv_heads)
+    with pytest.raises(AssertionError, match=f"{ranks} ranks cannot share 4 query and {kv_heads}"):
+        layer_bytes(cfg, Setting(1, 4, 4, ranks=ranks))
+
+
+def test_key_value_heads_that_ranks_cannot_share():
+    """Of 6 query heads each of 2 ranks has 3; but of 3 key/value heads one would have more."""
+    with pytest.raises(AssertionError, match="2 ranks cannot share 6 query and 3 key/value heads"):
+        layer_bytes(CFG, Setting(1, 4, 4, ranks=2))
+    cfg = dataclasses.replace(CFG, kv_heads=1)  # shared by both ranks: 3 query heads, k, v of 6
+    assert layer_bytes(cfg, Setting(1, 4, 4, ranks=2))["q, k, v"] == 4 * 4 * (3 + 2) * 6
 
 
 def test_the_paper_s_table():

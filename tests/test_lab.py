@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from comm_contract import SumForwardAndBack, reduce_gradient
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from picotron_lab.lab import run_ranks
 from picotron_lab.ledger import CommError
@@ -167,6 +169,43 @@ def test_the_rest_of_a_buffer_may_change():
 def test_a_tensor_that_two_ranks_share_is_noticed():
     shared = torch.ones(2)
     assert "let no other rank reach it" in fails(lambda a: a.all_reduce(shared, out=shared), 2)
+
+
+# ---- what a rank's dispatch modes see
+
+
+class Seen(TorchDispatchMode):
+    """Keeps the storages that operations read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        self.storages += [x.untyped_storage() for x in tensors]
+        return result
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+@pytest.mark.parametrize("op", [*STARTS, "barrier"])
+def test_a_mode_sees_no_tensor_but_its_rank_s(op, seed):
+    """Not the copies of the lab, nor what another rank sends or receives."""
+
+    def program(axis):
+        x = torch.ones(4)
+        with Seen() as seen:
+            if op == "barrier":
+                axis.barrier()
+                return seen.storages, []
+            result = STARTS[op](axis, x).wait()
+        results = result if isinstance(result, list | tuple) else [result]
+        return seen.storages, [x, *results]
+
+    for seen, mine in run_ranks(program, 2, seed=seed):
+        addresses = {storage.data_ptr() for storage in seen}
+        assert addresses <= {x.untyped_storage().data_ptr() for x in mine}
 
 
 # ---- backward

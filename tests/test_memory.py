@@ -1,5 +1,6 @@
 """The meter counts what a hand would count: every expected number here is worked out by hand."""
 
+import copy
 import gc
 import weakref
 
@@ -71,9 +72,51 @@ def test_every_way_to_make_a_tensor():
         made = [torch.tensor([1.0, 2.0]), torch.arange(3), torch.empty(1), torch.ones(2).clone()]
         made += torch.ones(2, 2).split(1)  # one storage
         made += torch.ones(4).topk(2)  # values and indices: 8 + 16 bytes
-        assert activations(meter) == 8 + 24 + 4 + 8 + 16 + 24
+        made += torch._foreach_mul(made[:1], 2)  # 8 bytes
+        assert activations(meter) == 8 + 24 + 4 + 8 + 16 + 24 + 8
         del made
         assert activations(meter) == 0
+
+
+UNSAID = torch.library.Library("picotron_lab_unsaid", "DEF")
+UNSAID.define("itself(Tensor x) -> Tensor")  # should say Tensor(a) twice
+UNSAID.impl("itself", lambda x: x, "CompositeExplicitAutograd")
+
+
+SHOWN = [
+    lambda x: torch.ops.aten._unsafe_view(x, [16]),
+    lambda x: x.unsafe_split(2),
+    lambda x: torch.ops.picotron_lab_unsaid.itself(x),
+    lambda x: torch.dropout(x, 0.5, False),
+    lambda x: torch.einsum("ij->ji", x),
+]
+
+
+@pytest.mark.parametrize("show", SHOWN)
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_an_operator_need_not_say_that_it_returns_its_input(show, without):
+    """In inference mode the meter sees whole functions such as dropout."""
+    old = torch.ones(4, 4)
+    with without(), Meter() as meter:
+        shown = show(old)
+        assert activations(meter) == meter.peak_bytes == 0
+        new = old + 1
+        shown = show(new)
+        assert activations(meter) == meter.peak_bytes == 64
+        del new
+        assert activations(meter) == 64
+        del shown
+        assert activations(meter) == 0
+
+
+def test_what_no_operation_made_counts_once_it_is_labelled():
+    old = torch.ones(16)
+    with Meter() as meter:
+        made = copy.deepcopy(old), torch.frombuffer(bytearray(32), dtype=torch.float32)
+        made[0].add_(1)
+        assert activations(meter) == 0
+        meter.label("buffer", made)
+        assert meter.live["buffer"] == meter.live_bytes == 96
 
 
 def test_the_peak_is_the_largest_total_not_the_last():
@@ -95,6 +138,7 @@ def test_the_peak_is_the_largest_total_not_the_last():
 
 
 def test_storages_that_are_resized():
+    old = torch.empty(2, dtype=torch.long)
     with Meter() as meter:
         x = torch.zeros(10)
         storage = x.untyped_storage()
@@ -105,6 +149,8 @@ def test_storages_that_are_resized():
         assert activations(meter) == meter.peak_bytes == 400
         x.resize_(200)
         assert activations(meter) == meter.peak_bytes == 800
+        torch.topk(torch.ones(4), 2, out=(torch.empty(0), old))  # 16 bytes, and 8 in place of 0
+        assert meter.peak_bytes == 824
         del x, storage
         assert activations(meter) == 0
 
@@ -281,28 +327,36 @@ def test_ranks_do_not_see_each_other():
     assert [seen[:2] for seen in run_ranks(make, 3)] == [(4, 4), (8, 8), (12, 12)]
 
 
-@pytest.mark.parametrize(
-    ("call", "live"),
-    [
-        (lambda axis, x: axis.all_reduce(x), 48),
-        (lambda axis, x: axis.all_reduce(x, out=x), 0),
-        (lambda axis, x: axis.all_gather(x), 144),
-        (lambda axis, x: axis.reduce_scatter(x), 16),
-        (lambda axis, x: axis.all_to_all(x), 48),
-        (lambda axis, x: axis.broadcast(x, 1), 48),
-        (lambda axis, x: axis.exchange([(x, (axis.rank + 1) % 3)], [(x, (axis.rank + 2) % 3)]), 48),
-    ],
-)
-def test_results_of_collectives_count_and_the_copies_of_the_lab_do_not(call, live):
-    """12 numbers on each of 3 ranks: nothing but the result is ever there, on any rank."""
+NEXT, LAST = (1, 2, 0), (2, 0, 1)
+COLLECTIVES = {  # with bytes of the result of 12 numbers on each of 3 ranks
+    "all_reduce": (lambda axis, x: axis.all_reduce(x), 48),
+    "all_reduce in place": (lambda axis, x: axis.all_reduce(x, out=x), 0),
+    "all_gather": (lambda axis, x: axis.all_gather(x), 144),
+    "reduce_scatter": (lambda axis, x: axis.reduce_scatter(x), 16),
+    "all_to_all": (lambda axis, x: axis.all_to_all(x), 48),
+    "broadcast": (lambda axis, x: axis.broadcast(x, 1), 48),
+    "broadcast in place": (lambda axis, x: axis.broadcast(x, 1, out=x), 0),
+    "exchange": (lambda axis, x: axis.exchange([(x, NEXT[axis.rank])], [(x, LAST[axis.rank])]), 48),
+}
 
-    def meet(axis):
+
+def meet(axis):
+    """Bytes after each of them, and the most while it went on."""
+    seen = {}
+    for name, (call, _) in COLLECTIVES.items():
         x = torch.ones(12)
         with Meter() as meter:
             result = call(axis, x)
-            return activations(meter), meter.peak_bytes, result
+            seen[name] = activations(meter), meter.peak_bytes
+            del result
+    return seen
 
-    assert [seen[:2] for seen in run_ranks(meet, 3)] == [(live, live)] * 3
+
+@pytest.mark.parametrize("run", [run_ranks, run_processes])
+def test_results_of_collectives_count_and_what_the_world_needs_does_not(run):
+    """Nothing but the result is ever there: no copy of the lab, no note of processes."""
+    for seen in run(meet, 3):
+        assert seen == {name: (live, live) for name, (_, live) in COLLECTIVES.items()}
 
 
 def test_a_collective_inside_backward_is_seen_by_its_rank():

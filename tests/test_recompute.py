@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from picotron_lab import recompute, sharding
+from picotron_lab import recompute, sharding, tensor_parallel
 from picotron_lab.analysis import cost
 from picotron_lab.config import ConfigError, ModelConfig
 from picotron_lab.data_parallel import synchroniser
@@ -146,13 +146,70 @@ def test_fused_path_leaves_an_ordinary_graph():
         torch.testing.assert_close(gradient, expected[parameter.record.name])
 
 
-def test_plain_path_notices_an_input_that_was_changed():
-    double = recompute.Recompute(nn.Linear(2, 2), "plain")
-    x = torch.ones(2, requires_grad=True) * 1
-    y = double(x)
-    x.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+def little(impl):
+    """A module whose backward needs its input, and the same module again, recomputed."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    return module, recompute.Recompute(module, impl)
+
+
+NOTICED = {
+    "plain": (RuntimeError, "modified by an inplace operation"),
+    "fused": (AssertionError, "an input of a recomputed module was changed in place before"),
+}
+
+
+@pytest.mark.parametrize("impl", NOTICED)
+@pytest.mark.parametrize("change", [lambda x: x.add_(1), lambda x: x[:1].zero_()])
+def test_an_input_that_was_changed_is_noticed(impl, change):
+    x = torch.ones(2, dtype=torch.float64, requires_grad=True) * 1
+    y = little(impl)[1](x)
+    change(x)
+    error, sentence = NOTICED[impl]
+    with pytest.raises(error, match=sentence):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("impl", NOTICED)
+def test_second_derivatives_are_right_or_refused(impl):
+    """The gradient of |dy/dx|^2, as a penalty on gradients needs it."""
+    x = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
+    module, again = little(impl)
+    weights = list(module.parameters())[:1]
+
+    def of_the_penalty(module):
+        (slope,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), [x, *weights])
+
+    if impl == "plain":
+        with pytest.raises(AssertionError, match="create_graph=True asks for second derivatives"):
+            of_the_penalty(again)
+        return
+    for found, expected in zip(of_the_penalty(again), of_the_penalty(module), strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(found, expected)
+
+
+def freeze_q(model):
+    model.layers[0].module.attention.q.weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("trains", "change"), [(True, nn.Module.eval), (False, nn.Module.train), (True, freeze_q)]
+)
+def test_a_second_run_that_differs_is_noticed(trains, change):
+    model = build(kind="full", impl="fused", rate=0.3)
+    loss = model.train(trains)(*batch())
+    change(model)
+    with pytest.raises(AssertionError, match="wanted to keep other tensors the second time: leave"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("impl", ["plain", "fused"])
+def test_selective_leaves_a_fused_model_as_it_is(impl):
+    model = build(kind="selective", impl=impl, fused=True)
+    assert not [m for m in model.modules() if isinstance(m, recompute.Recompute)]
+    assert [type(m) for m in model.modules()] == [type(m) for m in build(fused=True).modules()]
 
 
 class Box(nn.Module):
@@ -266,6 +323,37 @@ def test_collectives_inside_are_sent_again(impl, seed):
         assert calls == 2 * 3
         torch.testing.assert_close(second, expected[1][rank])
         torch.testing.assert_close(first, expected[0][rank])
+
+
+def calls_of_tensor_parallel(axis, regions, impl, rate):
+    """all_reduces of forward, and of backward, of a model of 2 layers cut over 2 ranks."""
+    with torch.device("meta"):
+        model = Llama(dataclasses.replace(CFG, kv_heads=2), rate)
+    sharding.attach(model)
+    tensor_parallel.parallelize(model, axis, axis.split("kv", [[0], [1]]), regions)
+    recompute.apply(model, "full", impl)
+    sharding.materialise(model, 0, initial_value, "cpu", torch.float64)
+    loss = model(*batch())
+    forward = len(axis.ledger.calls)
+    loss.backward()
+    assert {call.op for call in axis.ledger.calls} == {"all_reduce"}
+    return forward, len(axis.ledger.calls) - forward
+
+
+@pytest.mark.parametrize(
+    ("regions", "impl", "rate", "of_layer"),
+    [
+        ("plain", "plain", 0, 4),
+        ("plain", "fused", 0, 3),  # the layer's last matmul is skipped, and its sum
+        ("plain", "fused", 0.3, 4),  # but not before a dropout
+        ("fused", "plain", 0, 4),
+        ("fused", "fused", 0, 4),  # one operator with its sum
+    ],
+)
+def test_calls_of_tensor_parallel_layers(regions, impl, rate, of_layer):
+    """2 of backward itself, and those of forward again."""
+    found = run_ranks(calls_of_tensor_parallel, 2, regions, impl, rate)
+    assert found == [(2 * 2, 2 * of_layer)] * 2
 
 
 # ---- operations

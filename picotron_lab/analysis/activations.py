@@ -17,7 +17,7 @@ Ours    the same count for the plain path of model.py, where every operator keep
         o                        its input                                    e N H C
         SwiGLU, down             gate, silu(gate), up, their product          4 e N F
         Dropout, both of them    which elements stay, 1 byte each             N D
-        In float32 with H = K, softmax and `weights v` keep the same tensor: count it once.
+        With w = e, and H = K or T = 1, softmax and `weights v` keep the same tensor: count it once.
         In bfloat16 with H C = D, D = h, H = a: s b h (22 + 4 K/H + 8 F/D + 6 a s / h), where 22 is
         16 for norms, 4 for q and o, 2 for dropout. GPT's 34 is 11 for attention, 19 for the MLP, 4
         for norms; its 5 a s / h a softmax of 16 bit, dropout of it, and its mask.
@@ -29,14 +29,14 @@ Tests   tests/test_activations.py: equal to what the meter of memory.py sees, to
 
 from dataclasses import dataclass
 
-from picotron_lab.config import ModelConfig
+from picotron_lab.config import RECOMPUTE, ModelConfig
 
 ANGLE_BYTES = 4  # an element of rotary_angles is float32, whatever the model is
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A micro-batch on one of n tensor-parallel ranks; of uneven parts, the largest counts."""
+    """A micro-batch on one of n tensor-parallel ranks; of uneven parts of T and F, the largest."""
 
     batch: int  # B
     sequence: int  # T
@@ -69,10 +69,11 @@ def layer_bytes(cfg: ModelConfig, at: Setting, recompute: str = "none") -> dict[
     assert cfg.experts == 0, (
         f"what {cfg.experts} experts keep depends on the routing: ask for a model without experts."
     )
+    _check_recompute(recompute)
     e, N, own, D, C = at.element, at.tokens, at.own_tokens, cfg.hidden_size, cfg.head_width
     if recompute == "full":
         return {"input": e * own * D}
-    H, K, F = cfg.heads // at.ranks, max(1, cfg.kv_heads // at.ranks), _part(cfg.ffn_size, at.ranks)
+    (H, K), F = _own_heads(cfg, at.ranks), _part(cfg.ffn_size, at.ranks)
     return {
         "norms": 2 * norm_bytes(cfg, at),
         "angles": 0 if e == ANGLE_BYTES else 4 * e * at.sequence * C,
@@ -93,6 +94,7 @@ def norm_bytes(cfg: ModelConfig, at: Setting) -> int:
 def rest_bytes(cfg: ModelConfig, at: Setting, recompute: str = "none") -> dict[str, int]:
     """Bytes kept outside the layers of a plain model on one rank, with its loss."""
     assert at.ranks == 1, f"{at.ranks} ranks share the head in several ways: ask for one rank."
+    _check_recompute(recompute)
     angles = 2 * ANGLE_BYTES * at.sequence * cfg.head_width
     return {
         "dropout of embedding": at.tokens * cfg.hidden_size if at.dropout else 0,
@@ -111,9 +113,25 @@ def model_bytes(cfg: ModelConfig, at: Setting, recompute: str = "none") -> int:
 
 def _score_bytes(at: Setting, H: int, K: int) -> int:
     """The mask, the softmax, and what the product with v keeps of it."""
-    shared = at.element == at.wide and H == K
+    shared = at.element == at.wide and (H == K or at.sequence == 1)
     squares = at.batch * H * at.sequence**2
     return at.sequence**2 + squares * (at.wide + (0 if shared else at.element))
+
+
+def _own_heads(cfg: ModelConfig, ranks: int) -> tuple[int, int]:
+    """Query and key/value heads of each of the ranks."""
+    H, K = cfg.heads, cfg.kv_heads
+    assert H % ranks == 0 and (K % ranks == 0 or ranks % K == 0), (
+        f"{ranks} ranks cannot share {H} query and {K} key/value heads alike: ask for a number "
+        "that divides the first, and divides the second or is a multiple of it, such as 1."
+    )
+    return H // ranks, max(1, K // ranks)
+
+
+def _check_recompute(kind: str) -> None:
+    assert kind in RECOMPUTE, (
+        f"there is no recomputation '{kind}': ask for one of {', '.join(RECOMPUTE)}."
+    )
 
 
 def _part(length: int, parts: int) -> int:

@@ -2,8 +2,9 @@
 
 Meter   sees every operation that this thread, so this rank, starts, and remembers the storages that
         come out until they are freed. It counts bytes that tensors asked for, on CPU and CUDA.
-Not     what a kernel allocates for itself, communication buffers, and what an allocator rounds up
-        or cannot reuse: on a GPU, torch.cuda.max_memory_allocated tells the difference.
+Not     what a kernel allocates for itself, and what an allocator rounds up or cannot reuse: on a
+        GPU, torch.cuda.max_memory_allocated tells the difference. Results of collectives count; not
+        what torch.distributed or the lab allocates for itself.
 Read    Meter -> label -> watch
 """
 
@@ -44,8 +45,9 @@ class Meter(TorchDispatchMode):
     """Bytes of the storages that this thread makes inside `with Meter() as meter`, by category.
 
     A storage counts once, however many views it has, from the operation that returns it until its
-    last tensor is gone (also after the `with`). Tensors made before, or by torch.from_numpy, count
-    once they are labelled. What nobody labelled is activation: saved for backward, or a temporary.
+    last tensor is gone (also after the `with`). Tensors made before, or without an operation
+    (torch.frombuffer, torch.load, copy.deepcopy), count once they are labelled. What nobody
+    labelled is activation: saved for backward, or a temporary.
 
     Saved activations: meter.live["activation"] between forward and backward, while the program
     itself holds no other tensor (the loss counts, with its 4 bytes). Operations in backward and
@@ -60,7 +62,6 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self._counted: dict[int, Counted] = {}  # by the address of the storage's C++ object
         self._live = dict.fromkeys(CATEGORIES, 0)
-        self._returns_given: dict[Any, bool] = {}  # by operation: whether it may return an input
         self._hooks: list[Any] = []
         self.reset_peak()
 
@@ -124,13 +125,12 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
         kwargs = kwargs or {}
         results = func(*args, **kwargs)
-        if func not in self._returns_given:
-            returned = func._schema.returns
-            self._returns_given[func] = any(r.alias_info for r in returned) and func is not FRESH
-        given = ()  # a result in one of these is a view or was written in place
-        if self._returns_given[func]:
-            given = [s._cdata for s in _storages((*args, *kwargs.values()))]
-        for storage in _storages(results):
+        storages = list(_storages(results))
+        given = set()  # a result in one of these is a view, or was written in place
+        if func is not FRESH and any(s._cdata not in self._counted for s in storages):
+            # look, for not every schema says that an input is returned: _unsafe_view, collectives
+            given = {s._cdata for s in _storages((*args, *kwargs.values()))}
+        for storage in storages:
             if storage._cdata in self._counted or storage._cdata not in given:
                 self._count(storage, None)
         self._note_peak()
