@@ -8,13 +8,16 @@ Idea    Logits never travel. A softmax needs three numbers per token from each r
         ranks wait for each other between two passes over their logits: barriers.
 Steps   naive  F1: largest |max| F2: sums |sum| B: gradients |dX|                        3 barriers
         1      S: m, s, z |C1: all three| T: gradients |C2: dX|                          2 barriers
-        2      S: m, s, z, softmax P of own words, A = P W |C1: all three, dX| T: dW     1 barrier:
-               dX is the sum over ranks of A s e^(m - M)/S - W[label], so that nobody but the
-               optimizer waits for T. (In bf16, 1 subtracts the label before it rounds, 2 after.)
+        2      S: m, s, z, P, A = P W |C1: all three, dX| T: dW                          1 barrier:
+               dX is the sum over ranks of f A - (1 - f) W[own label], f = s e^(m - M)/S, so that
+               nobody but the optimizer waits for T. P is softmax - onehot(label) of own words:
+               bf16 keeps the digits of what little is left of tokens that the model is sure of.
+               (In the paper P is softmax alone, and W[label] is subtracted from f A.)
 Before  each rank holds both [V, D] matrices and [N, V] logits
 After   rank k holds R = ceil(V/n) rows of each (the last ranks fewer, or none), [N, R] logits
 Wire    N tokens, b bytes per activation; fused: in chunks of tokens. Embedding: all_reduce(N D b).
-        Loss: naive all_reduce(4N), all_reduce(8N), all_reduce(N D b); 1 and 2 all_gather(12 n N),
+        Loss, statistics in float32: naive all_reduce(4N), all_reduce(8N), all_reduce(N D b); 1 and
+        2 all_gather(12 n N) (paper: a max and two sums, all_reduces of 12 N in all; here one call),
         all_reduce(N D b). Logits, when there are no labels: all_gather(n R N b)
 Axes    any: tp, or pp, whose first and last stage would do more; x and its gradient are whole
 Dims    B micro-batch  T sequence  N = B*T tokens  D width  V vocabulary  R rows of this rank
@@ -22,7 +25,6 @@ Read    parallelize -> VocabEmbedding, VocabHead -> Passes -> Naive, Algorithm1,
 Try     python -m picotron_lab.vocab_parallel    Tests   tests/test_vocab_*.py
 """
 
-import math
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -72,20 +74,16 @@ class Shard:
     def bounds(self) -> tuple[int, int]:
         return bounds(self.vocabulary, self.axis.size, self.axis.rank)
 
-    @property
-    def most(self) -> int:
-        """Words of rank 0, from which all ranks compute what must be alike."""
-        return bounds(self.vocabulary, self.axis.size, 0)[1]
-
     def local(self, ids: Tensor) -> Tensor:
         """The row of each word here; -1 for words of other ranks."""
         start, stop = self.bounds
         return torch.where((start <= ids) & (ids < stop), ids - start, -1)
 
-    def check(self, ids: Tensor, allowed: Tensor, what: str) -> None:
+    def check(self, ids: Tensor, what: str) -> None:
         """A word that no rank holds is an error on all of them. On CUDA nobody waits for this."""
+        known = (ids >= 0) & (ids < self.vocabulary) | (ids == IGNORED) & (what == "label")
         torch._assert_async(
-            ((ids >= 0) & (ids < self.vocabulary) | allowed).all(),
+            known.all(),
             f"a {what} is not among the {self.vocabulary} words 0 to {self.vocabulary - 1} (labels "
             f"may also be {IGNORED}, ignored): use the tokenizer that vocab_size was made for.",
         )
@@ -99,23 +97,17 @@ class VocabEmbedding(nn.Module):
         self.weight, self.shard = weight, shard
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        x_BTD = self.look_up(tokens_BT)
+        self.shard.check(tokens_BT, "token")
+        local_BT = self.shard.local(tokens_BT)
+        x_BTD = rows_of(self.weight, local_BT).masked_fill((local_BT < 0)[..., None], 0)
         values_BTD = x_BTD.detach()  # written in place, unseen by autograd: the identity
         self.shard.axis.all_reduce(values_BTD, out=values_BTD)
         return x_BTD
 
-    def look_up(self, tokens_BT: Tensor) -> Tensor:
-        """This rank's words, zeros for others: partial. A pipeline sums it when it likes."""
-        self.shard.check(tokens_BT, tokens_BT != tokens_BT, "token")
-        local_BT = self.shard.local(tokens_BT)
-        return rows_of(self.weight, local_BT) * (local_BT >= 0)[..., None]
-
 
 class VocabHead(nn.Module):
-    """x [B, T, D] -> with labels the sum of token losses, else logits [B, T, V] without gradient.
-
-    Logits are shard -> replicated (all_gather, n*R*N): for generation, not for training.
-    """
+    """x [B, T, D] -> with labels the sum of token losses, else logits [B, T, V] without gradient:
+    shard -> replicated (all_gather, n*R*N), for generation."""
 
     def __init__(self, weight: nn.Parameter, shard: Shard, algorithm: str):
         super().__init__()
@@ -125,18 +117,20 @@ class VocabHead(nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         if labels_BT is None:
             return self._logits(x_ND.detach()).unflatten(0, x_BTD.shape[:2])
-        learning = torch.is_grad_enabled()  # if not, Algorithm 1 does it without P W
-        name = "1" if self.algorithm == "2" and not learning else self.algorithm
-        operands = x_ND, self.weight, labels_BT.flatten()
-        return Loss.apply(*operands, self.shard, ALGORITHMS[name], learning)
+        learning = torch.is_grad_enabled() and (x_ND.requires_grad or self.weight.requires_grad)
+        kind = ALGORITHMS["1" if self.algorithm == "2" and not learning else self.algorithm]
+        size = chunk_rows(self.shard, x_ND) if self.shard.fused else max(1, len(x_ND))
+        pairs = zip(x_ND.split(size), labels_BT.flatten().split(size), strict=True)
+        chunks = [kind(self.shard, x_nD, self.weight, labels_n, 1.0) for x_nD, labels_n in pairs]
+        return Loss.apply(x_ND, self.weight, chunks, learning)
 
     def passes(self, x_ND: Tensor, labels_N: Tensor, factor: float = 1.0) -> "Passes":
         """The loss of one micro-batch, for a schedule that says itself when each pass runs."""
-        return ALGORITHMS[self.algorithm](self.shard, (x_ND, self.weight), labels_N, factor)
+        return ALGORITHMS[self.algorithm](self.shard, x_ND, self.weight, labels_N, factor)
 
     def _logits(self, x_ND: Tensor) -> Tensor:
-        y_RN = x_ND.new_zeros(self.shard.most, x_ND.shape[0])  # the last ranks fill it in part
-        y_RN[: self.weight.shape[0]] = self.weight.detach() @ x_ND.T
+        y_RN = x_ND.new_zeros(-(-self.shard.vocabulary // self.shard.axis.size), len(x_ND))
+        y_RN[: self.weight.shape[0]] = self.weight.detach() @ x_ND.T  # the last fill it in part
         return self.shard.axis.all_gather(y_RN)[: self.shard.vocabulary].T
 
 
@@ -152,39 +146,42 @@ class Passes:
     c2       waits for C2; the gradient of x, whole on every rank
     Order    s_pass, c1, t_pass, c2, those of other micro-batches in between. Algorithm 2 starts
              its sum in c1: c2 may come before t_pass, and t_pass as late as one likes
-    factor   of both gradients, not of the loss
-    Holds    x_ND and, from s_pass to t_pass, one [N, R] tensor
+    factor   of both gradients, not of the loss; c_N: factor for counted tokens, 0 for ignored
+    Holds    x_ND; S to T one [N, R] (naive: float32); S to C1 [3n, N] (naive: [2, N]), 2 also
+             A [N, D]; T (2: C1) to C2 dX [N, D]
     """
 
-    def __init__(
-        self, shard: Shard, operands: tuple[Tensor, Tensor], labels_N: Tensor, factor: float = 1.0
-    ):
-        shard.check(labels_N, labels_N == IGNORED, "label")
+    def __init__(self, shard: Shard, x_ND: Tensor, w_RD: Tensor, labels_N: Tensor, factor: float):
+        shard.check(labels_N, "label")
         self.axis, self.fused = shard.axis, shard.fused
-        self.x_ND, self.w_RD = (operand.detach() for operand in operands)
+        self.x_ND, self.w_RD = x_ND.detach(), w_RD.detach()
         self.local_N = shard.local(labels_N)
         self.counted_N = labels_N != IGNORED
         self.c_N = wide(self.counted_N.to(self.x_ND.dtype)) * factor
-        self.m_N = self.kept_NR = self.summed = None  # kept: logits, or what they have become
+        self.m_N = None  # needed until kept_NR are exponentials
 
     def t_pass(self, dw_RD: Tensor) -> None:
-        d_NR = self._gradient(self.m_N, self.c_N / self.s_N, self.c_N)
+        d_NR = self._gradient(self.m_N, self.c_N / self._take("s_N"), self.c_N)
         self._send_dx(d_NR @ self.w_RD)
         dw_RD += d_NR.T @ self.x_ND  # while dX travels
 
     def c2(self) -> Tensor:
-        return self.summed.wait()
+        return self._take("summed").wait()
 
-    def _loss(self, losses_N: Tensor) -> Tensor:
-        return losses_N.masked_fill(~self.counted_N, 0).sum()
+    def _take(self, name: str) -> Any:
+        """What an earlier pass has left: it is needed once, and may be large."""
+        assert name in vars(self), (
+            f"a pass of the split loss found no {name}: call s_pass, c1, t_pass, c2 in this order, "
+            "each once (with algorithm 2, t_pass may be the last)."
+        )
+        return vars(self).pop(name)
 
     def _send_dx(self, dx_ND: Tensor) -> None:
         dx_ND = dx_ND.to(self.x_ND.dtype)
         self.summed = self.axis.all_reduce(dx_ND, out=dx_ND, wait=False)
 
     def _gradient(self, m_N: Tensor | None, f_N: Tensor, c_N: Tensor) -> Tensor:
-        assert self.kept_NR is not None, "t_pass found no logits: call s_pass before it, each time."
-        y_NR, self.kept_NR = self.kept_NR, None
+        y_NR = self._take("kept_NR")
         d_NR = arithmetic(self.fused, y_NR).gradient_(y_NR, m_N, f_N, c_N, self.local_N)
         return d_NR.to(self.x_ND.dtype)
 
@@ -201,8 +198,8 @@ class Naive(Passes):
         self.sums_2N = torch.stack([self.kept_NR.sum(-1), z_N])
 
     def c1(self) -> Tensor:
-        self.s_N, z_N = self.axis.all_reduce(self.sums_2N)
-        return self._loss(self.s_N.log() - z_N)
+        self.s_N, z_N = self.axis.all_reduce(self._take("sums_2N"))
+        return (self.s_N.log() - z_N).masked_fill(~self.counted_N, 0).sum()
 
 
 class Algorithm1(Passes):
@@ -214,8 +211,8 @@ class Algorithm1(Passes):
         self.theirs = self.axis.all_gather(self.mine_3N, wait=False)
 
     def c1(self) -> Tensor:
-        self.m_N, self.s_N, z_N = merge(self.theirs.wait(), self.axis.size)
-        return self._loss(self.s_N.log() + (self.m_N - z_N))
+        self.m_N, self.s_N, z_N = merge(self._take("theirs").wait(), self.axis.size)
+        return (self.s_N.log() + (self.m_N - z_N)).masked_fill(~self.counted_N, 0).sum()
 
 
 class Algorithm2(Algorithm1):
@@ -224,21 +221,20 @@ class Algorithm2(Algorithm1):
     def s_pass(self) -> None:
         super().s_pass()
         m_N, s_N, _ = self.mine_3N
-        self.kept_NR = self._gradient(m_N, 1 / s_N, torch.zeros_like(s_N))
+        self.kept_NR = self._gradient(m_N, 1 / s_N, torch.ones_like(s_N))  # P - onehot(label)
         self.a_ND = self.kept_NR @ self.w_RD  # while the statistics travel
 
     def c1(self) -> Tensor:
-        loss = super().c1()
-        m_N, s_N, _ = self.mine_3N
-        self.scale_N = self.c_N * (m_N - self.m_N).exp() * s_N / self.s_N
-        here_N = self.c_N * (self.local_N >= 0)
+        loss, (m_N, s_N, _) = super().c1(), self._take("mine_3N")
+        f_N = (m_N - self.m_N).exp() * s_N / self.s_N  # the part of the softmax that is here
+        self.scale_N, self.rest_N = self.c_N * f_N, self.c_N * (1 - f_N)
+        here_N = self.rest_N * (self.local_N >= 0)
         labels_ND = here_N[:, None] * rows_of(self.w_RD, self.local_N)
-        self._send_dx(self.scale_N[:, None] * self.a_ND - labels_ND)
-        self.a_ND = None
+        self._send_dx(self.scale_N[:, None] * self._take("a_ND") - labels_ND)
         return loss
 
     def t_pass(self, dw_RD: Tensor) -> None:
-        dw_RD += self._gradient(None, self.scale_N, self.c_N).T @ self.x_ND
+        dw_RD += self._gradient(None, self._take("scale_N"), self.rest_N).T @ self.x_ND
 
 
 ALGORITHMS = {"naive": Naive, "1": Algorithm1, "2": Algorithm2}
@@ -248,36 +244,36 @@ class Loss(torch.autograd.Function):
     """Sum of token losses. Plain: S and C1 in forward, T and C2 in backward.
 
     Fused: in chunks, and T in forward too, so that logits live briefly: the gradient of a sum needs
-    only one number from above. S of the next chunk runs while the numbers of this one travel.
+    only one number from above. S of the next chunk runs while the numbers of this one travel. From
+    forward to backward it keeps dX and dW [R, D], this in float32.
     """
 
     @staticmethod
-    def forward(
-        ctx, x_ND: Tensor, w_RD: Tensor, labels_N: Tensor, shard: Shard, kind: type, learning: bool
-    ) -> Tensor:
-        size = chunk_rows(shard, x_ND) if shard.fused else max(1, len(x_ND))
-        pairs = zip(x_ND.split(size), labels_N.split(size), strict=True)
-        chunks = [kind(shard, (x_nD, w_RD), labels_n) for x_nD, labels_n in pairs]
-        early = shard.fused and learning
+    def forward(ctx, x_ND: Tensor, w_RD: Tensor, chunks: list[Passes], learning: bool) -> Tensor:
+        early = chunks[0].fused and learning
         ctx.save_for_backward(*(() if early else (x_ND, w_RD)))
         ctx.chunks, ctx.dw_RD = chunks, wide(torch.zeros_like(w_RD)) if early else None
         loss = wide(x_ND.new_zeros(()))
-        late = [None, *chunks] if shard.axis.size > 1 else chunks  # alone, nothing travels
-        for following, chunk in zip_longest(chunks, late):
+        ahead = int(chunks[0].axis.size > 1)  # chunks whose S runs early; alone, nothing travels
+        for chunk in chunks[:ahead]:
+            chunk.s_pass()
+        for chunk, following in zip_longest(chunks, chunks[ahead:]):
             if following is not None:
                 following.s_pass()
-            if chunk is None:
-                continue
             loss += chunk.c1()
             if early:
                 chunk.t_pass(ctx.dw_RD)
             elif not learning:
-                chunk.kept_NR = None
+                del chunk.kept_NR
             chunk.x_ND = chunk.w_RD = None  # autograd keeps them, as zero.py wants it
         return loss
 
     @staticmethod
     def backward(ctx, factor: Tensor) -> tuple[Tensor | None, ...]:
+        assert ctx.chunks and not torch.is_grad_enabled(), (
+            "the split loss has gradients for one backward, and no second derivative: call the "
+            "model again before the next backward, and do not set create_graph."
+        )
         passes, dw_RD = ctx.chunks[0], ctx.dw_RD
         if dw_RD is None:
             passes.x_ND, passes.w_RD = ctx.saved_tensors
@@ -285,18 +281,15 @@ class Loss(torch.autograd.Function):
             passes.t_pass(dw_RD)
         dx_ND = torch.cat([chunk.c2() for chunk in ctx.chunks]).mul_(factor)
         ctx.chunks = ctx.dw_RD = None  # once: both are overwritten
-        return dx_ND, dw_RD.mul_(factor).to(dx_ND.dtype), None, None, None, None
+        return dx_ND, dw_RD.mul_(factor).to(dx_ND.dtype), None, None
 
 
 class Torch:
-    """What is computed with [N, R] logits, by torch's operators; R may be 0.
-
-    largest  of each token's logits, -inf of none; picked: the label's logit, 0 if not here
-    """
+    """With [N, R] logits, R >= 0: largest (of none -inf), picked (the label's, 0 if not here)."""
 
     @staticmethod
     def largest(y_NR: Tensor) -> Tensor:
-        return y_NR.amax(-1) if y_NR.shape[1] else y_NR.new_full(y_NR.shape[:1], -math.inf)
+        return y_NR.amax(-1) if y_NR.shape[1] else y_NR.new_full(y_NR.shape[:1], float("-inf"))
 
     @staticmethod
     def picked(y_NR: Tensor, local_N: Tensor) -> Tensor:
@@ -321,17 +314,16 @@ class Torch:
         if m_N is not None:
             y_NR.sub_(m_N[:, None]).exp_()
         y_NR.mul_(f_N[:, None])
-        if y_NR.shape[1]:
-            here_N = c_N * (local_N >= 0)
-            y_NR.scatter_add_(1, local_N.clamp(min=0)[:, None], -here_N[:, None])
-        return y_NR
+        index_NR = local_N.clamp(min=0)[:, None][:, : y_NR.shape[1]]  # one column, or none if R = 0
+        return y_NR.scatter_add_(1, index_NR, -(c_N * (local_N >= 0))[:, None])
 
 
 def rows_of(w_RD: Tensor, local: Tensor) -> Tensor:
-    """Rows of the weight; where `local` is -1, any finite numbers."""
+    """Rows of the weight; where `local` is -1, another one. Without rows: zeros that depend on the
+    weight, so that backward gives it a gradient of shape [0, D]."""
     if w_RD.shape[0]:
         return F.embedding(local.clamp(min=0), w_RD)
-    return w_RD.sum() + w_RD.new_zeros(*local.shape, w_RD.shape[1])  # its gradient has no rows
+    return w_RD.sum() + w_RD.new_zeros(*local.shape, w_RD.shape[1])
 
 
 def merge(theirs: Tensor, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -349,7 +341,7 @@ CHUNK_ELEMENTS = {"cuda": 2**27, "cpu": 2**20}  # logits of a chunk; two chunks 
 def chunk_rows(shard: Shard, x_ND: Tensor) -> int:
     """Tokens per chunk, alike on all ranks. Up to D of them need less room than dW in float32."""
     elements = CHUNK_ELEMENTS.get(x_ND.device.type, CHUNK_ELEMENTS["cuda"])
-    return max(elements // shard.most, x_ND.shape[1])
+    return max(elements * shard.axis.size // shard.vocabulary, x_ND.shape[1])
 
 
 def arithmetic(fused: bool, y_NR: Tensor) -> Any:
@@ -370,29 +362,37 @@ def contract(algorithm: str, N: int, D: int, ranks: int, chunks: int = 1) -> tup
     return {"naive": 3, "1": 2, "2": 1}[algorithm], chunks * calls, 4 * (numbers + N * D)
 
 
+def peak(algorithm: str, impl: str, chunk: int) -> tuple[int, int]:
+    """(tokens, widths): beside x and W at most R (tokens + widths D) float32 numbers live.
+
+    naive in T: logits, dW, what is added to it; 1 and 2 in S: logits, exp(y - m). Fused: also the
+    next chunk's logits, and dW in S. For chunks of 2D tokens or more; fused: two of D or more.
+    """
+    fused, split = int(impl == "fused"), int(algorithm != "naive")
+    return (1 + fused + split) * chunk, fused if split else 2
+
+
 def main() -> None:
     """Every algorithm and path on 4 threads, its contract: formula, predicted, measured."""
-    N, D, V, n, c = 512, 8, 17_001, 4, 246
-    R, sent = -(-V // n), {"naive": "4N + 8N + 4ND", "1": "12nN + 4ND", "2": "12nN + 4ND"}
+    N, D, V, n, R, c = 512, 8, 17_001, 4, 4251, 246
     print(f"N = {N}, D = {D}, V = {V}, {n} ranks, R = {R}, float32; fused: chunks of {c} tokens")
-    print("payload and peak in bytes: formula, predicted, measured; calls: predicted, measured")
+    print("Bytes and calls, predicted and measured; payload: naive 12N + 4ND, 1 and 2 12nN + 4ND")
     for algorithm, impl in [(a, i) for a in ALGORITHMS for i in ("plain", "fused")]:
-        unit, chunks = (N, 1) if impl == "plain" else (c, -(-N // c))
-        size = (1 + (impl == "fused") + (algorithm != "naive")) * unit  # next chunk; exp(y - m)
-        barriers, calls, payload = contract(algorithm, N, D, n, chunks)
-        ledger, peak = run_ranks(_demo, n, algorithm, impl, (N, D, V))[0]
+        chunk = N if impl == "plain" else c
+        barriers, calls, payload = contract(algorithm, N, D, n, -(-N // chunk))
+        tokens, widths = peak(algorithm, impl, chunk)
+        ledger, most = run_ranks(_demo, n, algorithm, impl, N, D, V)[0]
         line = f"{algorithm:5} {impl}  barriers {barriers}  calls {calls} {len(ledger.calls)}  "
-        line += f"payload {sent[algorithm]:13} {payload} {ledger.bytes()}  "
-        print(f"{line}peak 4R({size} + 2D) {4 * R * (size + 2 * D)} {peak}")
+        line += f"payload {payload} {ledger.bytes()}  peak 4R({tokens} + {widths}D) "
+        print(f"{line}{4 * R * (tokens + widths * D)} {most}")
 
 
-def _demo(axis: Axis, algorithm: str, impl: str, sizes: tuple[int, int, int]) -> tuple:
-    torch.manual_seed(0)
-    shard, (N, D, V) = Shard(axis, sizes[-1], impl == "fused"), sizes
-    head = VocabHead(nn.Parameter(torch.randn(V, D)[slice(*shard.bounds)]), shard, algorithm)
-    x_BTD, labels_BT = torch.randn(1, N, D, requires_grad=True), torch.randint(V, (1, N))
+def _demo(axis: Axis, algorithm: str, impl: str, N: int, D: int, V: int) -> tuple:
+    start, stop = bounds(V, axis.size, axis.rank)
+    weight = nn.Parameter(torch.ones(stop - start, D))
+    x_BTD, labels_BT = torch.ones(1, N, D, requires_grad=True), torch.arange(N)[None]
     with Meter() as meter:
-        head(x_BTD, labels_BT).backward()
+        VocabHead(weight, Shard(axis, V, impl == "fused"), algorithm)(x_BTD, labels_BT).backward()
     return axis.ledger, meter.peak_bytes
 
 

@@ -125,6 +125,14 @@ def test_a_larger_number_in_a_later_block(device):
     assert out.tolist() == [[5, 5], pytest.approx([total, total]), [0, 0]]
 
 
+def test_a_first_block_of_minus_infinity(device):
+    """exp(-inf - -inf) is no number: two zeros after a block that counts nothing make s = 2."""
+    y = torch.full((1, vocab.MAX_BLOCK + 2), -math.inf, device=device)
+    y[0, -2:] = 0
+    out = vocab.statistics(y, torch.tensor([vocab.MAX_BLOCK], device=device))
+    assert out.flatten().tolist() == [0, 2, 0]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 10 GB of GPU memory")
 def test_more_than_two_to_the_31_numbers():

@@ -175,12 +175,14 @@ def test_whatever_rank_runs_next(impl, algorithm, seed):
 
 @every_way
 @every_algorithm
-def test_without_gradients_only_numbers_per_token_travel(impl, algorithm):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_without_gradients_only_numbers_per_token_travel(impl, algorithm, frozen):
     case = make_case(37)
 
     def evaluate(axis):
-        head = VocabHead(rows_of(axis, case[1]), Shard(axis, 37, impl == "fused"), algorithm)
-        with torch.no_grad():
+        weight = rows_of(axis, case[1]).requires_grad_(not frozen)
+        head = VocabHead(weight, Shard(axis, 37, impl == "fused"), algorithm)
+        with torch.set_grad_enabled(frozen):
             return head(case[0], case[2]), axis.ledger.bytes()
 
     for loss, payload in run_ranks(evaluate, 3):
@@ -338,7 +340,39 @@ def test_embedding_sends_one_sum():
         assert [(c.op, c.bytes) for c in calls] == [("all_reduce", 3 * 2 * 4)]
 
 
+def test_a_nan_of_one_word_is_not_everybodys():
+    """A rank looks up its first row for other ranks' tokens, and must not let it through."""
+    full = torch.tensor([[torch.nan] * 2, [2, 3], [torch.nan] * 2, [6, 7]])
+
+    def look_up(axis):
+        embed = VocabEmbedding(rows_of(axis, full), Shard(axis, 4, True))
+        x = embed(torch.tensor([[1, 3]]))
+        (x * torch.tensor([torch.nan, 1])[:, None]).sum().backward()
+        return x, embed.weight.grad
+
+    for rank, (x, gradient) in enumerate(run_ranks(look_up, 2)):
+        assert x.tolist() == [[[2, 3], [6, 7]]] and gradient[0].tolist() == [0, 0]
+        assert bool(gradient[1].isnan().all()) == (rank == 0)
+
+
 # ---- mistakes
+
+
+@every_way
+@every_algorithm
+def test_gradients_once_and_no_second_derivative(impl, algorithm):
+    case = make_case(9)
+
+    def learn(axis):
+        x, weight = case[0].clone().requires_grad_(), rows_of(axis, case[1])
+        loss = VocabHead(weight, Shard(axis, 9, impl == "fused"), algorithm)(x, case[2])
+        with pytest.raises(AssertionError, match="and no second derivative: .* create_graph"):
+            torch.autograd.grad(loss, x, create_graph=True)
+        loss.backward(retain_graph=True)
+        with pytest.raises(AssertionError, match="for one backward, .* call the model again"):
+            loss.backward()
+
+    run_ranks(learn, 3)
 
 
 @every_way

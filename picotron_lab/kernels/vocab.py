@@ -32,7 +32,7 @@ MAX_BLOCK = 8192  # numbers that a program reads at a time: 16 per thread of 16 
 def _statistics_kernel(y_ptr, label_ptr, out_ptr, n_rows, V: tl.constexpr, BLOCK: tl.constexpr):
     """One program reads one row. When a larger maximum appears, the sum so far is scaled to it."""
     row = tl.program_id(0).to(tl.int64)  # N * V may exceed 2^31
-    m, s = -float("inf"), 0.0
+    m, s = -3.4028234663852886e38, 0.0  # not -inf, so that exp(y - m) of a logit -inf is 0
     for first in range(0, V, BLOCK):
         cols = first + tl.arange(0, BLOCK)
         y = tl.load(y_ptr + row * V + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
@@ -126,7 +126,7 @@ def _check(y_NV: Tensor, label_N: Tensor, *others: Tensor | None) -> None:
 def statistics(y_NV: Tensor, label_N: Tensor) -> Tensor:
     """Return [3, N] float32: of each row its max m, sum exp(y - m), and y[label].
 
-    y_NV     bfloat16, float16 or float32, V >= 1
+    y_NV     bfloat16, float16 or float32, V >= 1; some logits of a row may be -inf, but not all
     label_N  int64 column of the label, in -1..V-1; -1: not in this shard, y[label] is then 0
     Raises TypeError for another dtype, ValueError for shapes that do not fit. Not differentiable:
     the gradient is `gradient_`.
