@@ -115,7 +115,11 @@ def _products() -> list[Case]:
     return [
         Case(f"{describe(mesh, kind)}, dropout 0.3", mesh, DENSE, {**both, "recompute": kind})
         for mesh, kind in zip(meshes, ("none", "selective", "none", "full"), strict=True)
-    ]
+    ] + [
+        Case(f"{describe(mesh, 'none')}, a rank without columns of the MLP", mesh,
+             dataclasses.replace(DENSE, ffn_size=9), {"micro_batch_size": 2, "impl": "fused"})
+        for mesh in (MeshConfig(dp=2, tp=4, zero=stage) for stage in (1, 2, 3))
+    ]  # fmt: skip
 
 
 def sample(count: int, seed: int = 0) -> list[Case]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from picotron_lab.comm import Axis, Handle
 from picotron_lab.lab import run_ranks
 from picotron_lab.ledger import Ledger
-from picotron_lab.sharding import replicate
+from picotron_lab.sharding import group_by_size, replicate, zero_gradient
 
 MIB = 2**20
 
@@ -235,31 +235,6 @@ class Silent(Bucketed):
 
 
 # ---- 4. contract
-
-
-def zero_gradient(parameter: nn.Parameter) -> Tensor:
-    """A zero gradient, in the dtype in which they add up: also a parameter that no token used has
-    one."""
-    return torch.zeros_like(parameter, dtype=parameter.grad_dtype, requires_grad=False)
-
-
-def group_by_size(
-    parameters: Sequence[nn.Parameter], bucket_bytes: float
-) -> list[list[nn.Parameter]]:
-    """Parameters in reverse order, cut into groups whose gradients fill at most `bucket_bytes`.
-
-    A parameter that is larger by itself has a group of its own.
-    """
-    groups: list[list[nn.Parameter]] = []
-    room = 0.0
-    for parameter in reversed(list(parameters)):
-        size = parameter.numel() * parameter.grad_dtype.itemsize
-        if size > room or not groups:
-            groups.append([])
-            room = bucket_bytes
-        groups[-1].append(parameter)
-        room -= size
-    return groups
 
 
 def synchroniser(

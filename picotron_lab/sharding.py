@@ -16,7 +16,7 @@ Read    Record -> attach -> narrow -> materialise -> reduce_gradients -> squared
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -128,6 +128,31 @@ def materialise(
 
 
 # ---- gradients
+
+
+def zero_gradient(parameter: nn.Parameter) -> Tensor:
+    """A zero gradient, in the dtype in which they add up: also a parameter that no token used has
+    one."""
+    return torch.zeros_like(parameter, dtype=parameter.grad_dtype, requires_grad=False)
+
+
+def group_by_size(
+    parameters: Sequence[nn.Parameter], bucket_bytes: float
+) -> list[list[nn.Parameter]]:
+    """Parameters in reverse order, cut into groups whose gradients fill at most `bucket_bytes`.
+
+    A parameter that is larger by itself has a group of its own.
+    """
+    groups: list[list[nn.Parameter]] = []
+    room = 0.0
+    for parameter in reversed(list(parameters)):
+        size = parameter.numel() * parameter.grad_dtype.itemsize
+        if size > room or not groups:
+            groups.append([])
+            room = bucket_bytes
+        groups[-1].append(parameter)
+        room -= size
+    return groups
 
 
 def reduce_gradients(parameters: Iterable[nn.Parameter], axes: Mapping[str, Axis]) -> None:

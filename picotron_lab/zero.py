@@ -17,18 +17,21 @@ After   stage 1: 4Ψ + 4Ψ + 8Ψ/n    stage 2: 4Ψ + (4Ψ + 8Ψ)/n    stage 3: 1
 Wire    m micro-batches, per step: stage 1 reduce_scatter(4Ψ) + all_gather(4Ψ), like all_reduce(4Ψ);
         stage 2 m reduce_scatter(4Ψ) + all_gather(4Ψ); stage 3 m (2 all_gather(4Ψ) +
         reduce_scatter(4Ψ)), less one all_gather of what backward does not read (embedding, fused
-        head); a tied weight is in two units
+        head); a tied weight is gathered and reduced in both of its units
 Axes    dp: replicas of the model, which become shards of its state
-Dims    as in zero_rows.py
-Read    zero_rows.py -> Zero -> Stage1 -> Stage2 -> zero_units.py -> Stage3 -> Buckets -> contract
+Dims    none: dim 0 of any tensor is its rows
+Read    plain: zero_rows.py, its first half -> Zero -> Stage1 -> Stage2 -> zero_units.py, up to
+        Gatherer -> Stage3; fused: the rest of zero_rows.py -> Buckets -> Prefetcher -> contract
 Try     python -m picotron_lab.zero    Tests   tests/test_zero.py
 """
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from picotron_lab import precision, sharding
 from picotron_lab.analysis.memory import Meter
@@ -37,11 +40,11 @@ from picotron_lab.comm import Axis
 from picotron_lab.config import ModelConfig
 from picotron_lab.lab import run_ranks
 from picotron_lab.model import Llama, initial_value
+from picotron_lab.sharding import group_by_size, zero_gradient
 from picotron_lab.zero_rows import Flights, Group, gather_rows, mine, scatter_sum, shard_rows
 from picotron_lab.zero_units import Gatherer, Prefetcher, Sharded
 
-MIB = 2**20
-BUCKET = 4096  # of the demonstration
+MIB, BUCKET = 2**20, 4096  # BUCKET: of the demonstration
 
 # ---- 1. the idea
 
@@ -51,17 +54,15 @@ class Zero:
 
     def __init__(self, shards: Sequence[nn.Parameter], axis: Axis):
         self.shards, self.axis = list(shards), axis
-        self.flights = Flights(0)  # the fused path sends by them
 
     @property
     def buffers(self) -> list[Tensor]:
         """Flat memory that stays between steps."""
-        return [memory.bytes for memory in self.flights.free]
+        return []
 
     def begin_step(self) -> None:
         """Gradients are zero."""
-        self.flights.land()  # of a backward that was broken off
-        zero_gradients(self.shards)
+        set_to_zero(self.shards)
 
     def before_backward(self, last: bool) -> None:
         """One micro-batch's backward comes; `last` says that no other will add to the gradients."""
@@ -73,26 +74,35 @@ class Zero:
         """shard -> replicated: the optimizer has stepped the shards; the other weights follow."""
 
 
-def zero_gradients(parameters: Sequence[nn.Parameter]) -> None:
+def set_to_zero(parameters: Sequence[nn.Parameter]) -> None:
     """Zero every gradient where it lies; make it if need be: no token may use the parameter."""
     for p in parameters:
         if p.grad is None:
-            p.grad = torch.zeros_like(p, dtype=p.grad_dtype, requires_grad=False)
+            p.grad = zero_gradient(p)
         p.grad.zero_()
+
+
+def forget(parameters: Sequence[nn.Parameter]) -> None:
+    """Free the full gradients."""
+    for parameter in parameters:
+        parameter.grad = None
 
 
 # ---- 2. plain path
 
 
 class Stage1(Zero):
-    """Gradients add up in full over the micro-batches; then each rank gets the sum of its rows."""
+    """Gradients add up in full over the micro-batches; then each rank gets the sum of its rows.
+
+    The other rows of a full gradient stay this rank's own part; nobody reads them.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], axis: Axis):
         super().__init__([shard_rows(p, axis) for p in parameters], axis)
         self.parameters = list(parameters)
 
     def begin_step(self) -> None:
-        zero_gradients(self.parameters)
+        set_to_zero(self.parameters)
         for parameter, shard in zip(self.parameters, self.shards, strict=True):
             shard.grad = parameter.grad[mine(parameter, self.axis)]  # where the sum will lie
 
@@ -118,7 +128,8 @@ class Stage2(Stage1):
             parameter.register_post_accumulate_grad_hook(partial(self._reduce, shard))
 
     def begin_step(self) -> None:
-        zero_gradients(self.shards)
+        forget(self.parameters)  # what others left there, which would count as this step's
+        set_to_zero(self.shards)
 
     def _reduce(self, shard: nn.Parameter, parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
@@ -133,8 +144,12 @@ class Stage3(Zero):
 
     def __init__(self, shards: Sequence[nn.Parameter], axis: Axis):
         super().__init__(shards, axis)
-        for shard in self.shards:
-            shard.synchroniser = self  # where units look for it, which are older than their weights
+        for shard in self.shards:  # through which units find it: they are older than their weights
+            shard.synchroniser = self
+
+    def publish(self) -> None:
+        """Units must learn that their weights changed, which fused AdamW does not tell torch."""
+        increment_version(self.shards)
 
     def reduce(self, shards: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
         """partial -> shard (reduce_scatter, one unit): the sums are added to every shard.grad."""
@@ -162,35 +177,36 @@ def units_of(model: Llama) -> list[nn.Module]:
 class Bucket:
     """Parameters whose gradients leave together, and this rank's shards of them."""
 
-    def __init__(self, members: Sequence[tuple[nn.Parameter, nn.Parameter]], axis: Axis):
-        self.parameters, self.shards = zip(*members, strict=True)
-        self.group = Group([p.shape for p in self.parameters], axis)
+    def __init__(self, parameters: Sequence[nn.Parameter], shards: dict, axis: Axis):
+        self.parameters, self.shards = parameters, [shards[p] for p in parameters]
+        self.group = Group(parameters, axis)
         self.missing = 0  # gradients that the current backward still owes
 
 
 class Buckets(Stage1):
     """Stage 1 in groups: a bucket leaves when the last backward has completed its gradients.
 
-    Buckets leave in the same order on every rank, last layer first: a rank that does not use a
-    parameter must not change who meets whom. At most two are under way.
+    They are counted down and leave in order as in data_parallel.Bucketed, for the same reason.
+    At most two are under way: one is filled or emptied while the other travels.
     """
 
     def __init__(
         self, parameters: Sequence[nn.Parameter], axis: Axis, size: float, dtype: torch.dtype
     ):
         super().__init__(parameters, axis)
-        shard_of, self.dtype = dict(zip(self.parameters, self.shards, strict=True)), dtype
-        groups = group_by_size(parameters, size)
-        self.buckets = [Bucket([(p, shard_of[p]) for p in group], axis) for group in groups]
+        shards, self.dtype = dict(zip(self.parameters, self.shards, strict=True)), dtype
+        self.buckets = [Bucket(group, shards, axis) for group in group_by_size(parameters, size)]
         self.owner = {p: bucket for bucket in self.buckets for p in bucket.parameters}
         self.waiting: list[Bucket] = []  # buckets of the current backward that have not left
-        self.flights = Flights(min(2, len(self.buckets)))
-        widest = max(dtype, parameters[0].dtype, key=lambda dtype: dtype.itemsize)
-        for memory in self.flights.free:
-            largest = max(bucket.group.size for bucket in self.buckets)
-            memory.elements(largest, widest, parameters[0].device)
+        widest = max(dtype.itemsize, parameters[0].itemsize)
+        room = widest * max(bucket.group.size for bucket in self.buckets)
+        self.flights = Flights(min(2, len(self.buckets)), parameters[0].device, room)
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._count_down)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        return self.flights.buffers
 
     def begin_step(self) -> None:
         self.waiting = []  # like calls under way, of a backward that was broken off
@@ -209,9 +225,8 @@ class Buckets(Stage1):
     def publish(self) -> None:
         for bucket in self.buckets:
             group, shards = bucket.group, bucket.shards
-            wire_NK = self.flights.wire(group, shards[0].dtype, shards[0].device)
-            landed = partial(group.unpack, wire_NK, bucket.parameters)
-            self.flights.start(group.gather(wire_NK, shards), landed)
+            send, landed = partial(group.gather, shards), partial(group.unpack, bucket.parameters)
+            self.flights.start(group, shards[0].dtype, send, landed)
         self.flights.land()
 
     def _expect_gradients(self) -> None:
@@ -225,18 +240,16 @@ class Buckets(Stage1):
             self._send(self.waiting.pop(0))
 
     def _send_rest(self) -> None:
-        """Buckets with a gradient that backward never made: it is zero here, not elsewhere."""
         while self.waiting:
             self._send(self.waiting.pop(0))
 
     def _send(self, bucket: Bucket) -> None:
-        group, gradients = bucket.group, [p.grad for p in bucket.parameters]
-        wire_NK = self.flights.wire(group, self.dtype, bucket.shards[0].device)
-        landed = partial(self._take, bucket.shards, group.mine(wire_NK, bucket.shards))
-        self.flights.start(group.reduce(wire_NK, gradients), landed)
+        send = partial(bucket.group.reduce, [p.grad for p in bucket.parameters])
+        self.flights.start(bucket.group, self.dtype, send, partial(self._take, bucket))
 
-    def _take(self, shards: Sequence[nn.Parameter], sums: Sequence[Tensor]) -> None:
-        for shard, total in zip(shards, sums, strict=True):
+    def _take(self, bucket: Bucket, wire: Tensor) -> None:
+        sums = bucket.group.mine(bucket.shards, wire)
+        for shard, total in zip(bucket.shards, sums, strict=True):
             shard.grad.copy_(total)
 
 
@@ -245,9 +258,9 @@ class FreedBuckets(Buckets):
 
     def begin_step(self) -> None:
         self.waiting = []
-        for parameter in self.parameters:
-            parameter.grad = None
-        Zero.begin_step(self)
+        self.flights.land()
+        forget(self.parameters)
+        set_to_zero(self.shards)
 
     def before_backward(self, last: bool) -> None:
         self._send_rest()
@@ -255,11 +268,10 @@ class FreedBuckets(Buckets):
 
     def _send(self, bucket: Bucket) -> None:
         super()._send(bucket)
-        for parameter in bucket.parameters:
-            parameter.grad = None
+        forget(bucket.parameters)
 
-    def _take(self, shards: Sequence[nn.Parameter], sums: Sequence[Tensor]) -> None:
-        add(shards, sums)
+    def _take(self, bucket: Bucket, wire: Tensor) -> None:
+        add(bucket.shards, bucket.group, wire)
 
 
 class OverlappedUnits(Stage3):
@@ -267,42 +279,29 @@ class OverlappedUnits(Stage3):
 
     def __init__(self, shards: Sequence[nn.Parameter], axis: Axis, dtype: torch.dtype):
         super().__init__(shards, axis)
-        self.dtype, self.flights = dtype, Flights(1)
+        self.dtype, self.flights = dtype, Flights(1, shards[0].device)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        return self.flights.buffers
+
+    def begin_step(self) -> None:
+        self.flights.land()  # of a backward that was broken off
+        super().begin_step()
 
     def reduce(self, shards: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        group = Group([gradient.shape for gradient in gradients], self.axis)
-        wire_NK = self.flights.wire(group, self.dtype, shards[0].device)
-        landed = partial(add, shards, group.mine(wire_NK, shards))
-        self.flights.start(group.reduce(wire_NK, gradients), landed)
-
-    def before_backward(self, last: bool) -> None:
-        self.flights.land()
+        group = Group(gradients, self.axis)
+        send, landed = partial(group.reduce, gradients), partial(add, shards, group)
+        self.flights.start(group, self.dtype, send, landed)
 
     def finish(self) -> None:
         self.flights.land()
 
 
-def add(shards: Sequence[nn.Parameter], sums: Sequence[Tensor]) -> None:
-    """Add to every shard.grad."""
-    for shard, total in zip(shards, sums, strict=True):
+def add(shards: Sequence[nn.Parameter], group: Group, wire: Tensor) -> None:
+    """Add the sums on the wire to every shard.grad."""
+    for shard, total in zip(shards, group.mine(shards, wire), strict=True):
         shard.grad += total
-
-
-def group_by_size(parameters: Sequence[nn.Parameter], limit: float) -> list[list[nn.Parameter]]:
-    """Parameters in reverse order, cut into groups whose gradients fill `limit` bytes at most.
-
-    A parameter that is larger by itself has a group of its own.
-    """
-    groups: list[list[nn.Parameter]] = []
-    room = 0.0
-    for parameter in reversed(list(parameters)):
-        size = parameter.numel() * parameter.grad_dtype.itemsize
-        if size > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(parameter)
-        room -= size
-    return groups
 
 
 # ---- 4. contract
@@ -329,24 +328,25 @@ def make(
 
 
 def main() -> None:
-    """Every stage on 4 threads, with the state of AdamW: formula, predicted, measured."""
+    """Every stage on 4 threads, with the state of AdamW."""
     ranks, m = 4, 2
     cfg = ModelConfig(vocab_size=64, hidden_size=16, layers=1, heads=2, kv_heads=1, ffn_size=32)
     size = sum(p.numel() for p in _meta(cfg).parameters())
-    print(f"Ψ = {size}, n = {ranks}, m = {m} micro-batches; bytes of one rank, predicted, measured")
-    print(f"state: weights, gradients, moments, masters{'wires':>35}{'sent':>23}{'calls':>22}")
+    print(f"Ψ = {size}, n = {ranks}, m = {m} micro-batches; bytes of one rank: predicted, measured")
+    print("state is weights + gradients + optimizer: moments, and masters of bfloat16 weights")
+    row = "{:8} {:9} {:7} {:>18} {:>12} {:>11} {:>11} {:>11} {:>5}".format
+    print(row("weights", "gradients", "stage", *("state", "sent") * 2, "buffers", "calls"))
     half = torch.bfloat16, torch.bfloat16
     single, ours = (torch.float32, torch.float32), (torch.bfloat16, torch.float32)
-    cases = [(single, "plain"), (single, "fused"), (half, "fused"), (ours, "fused")]
-    for ((w, g), impl), stage in ((case, stage) for case in cases for stage in (1, 2, 3)):
+    cases = (single, "plain"), (half, "fused"), (ours, "fused")
+    for ((w, g), impl), stage in product(cases, (1, 2, 3)):
         seen = run_ranks(_demo, ranks, cfg, stage, impl, (w, g), m)[0]
         said = contract(stage, impl, _job(cfg, stage, (w, g), ranks, m))
         names = [str(dtype).removeprefix("torch.") for dtype in (w, g)]
-        sizes = stage, w.itemsize, g.itemsize
-        print(f"{names[0]:8} {names[1]:8} {stage} {impl} {formula(*sizes):>18}", end="")
-        print(f" {said.state:6} {seen.state:5} {said.buffer:6} {seen.buffer:5}", end="")
-        print(f" {wire_formula(*sizes):>15} {said.payload:6} {seen.payload:5}", end="")
-        print(f" {said.calls:4} {seen.calls:2}")
+        forms = [f(stage, w.itemsize, g.itemsize) for f in (formula, wire_formula)]
+        keys = "state", "payload", "buffer", "calls"
+        pairs = [f"{getattr(said, key)} {getattr(seen, key)}" for key in keys]
+        print(row(*names, f"{stage} {impl}", *forms, *pairs))
 
 
 def _meta(cfg: ModelConfig) -> Llama:
@@ -363,7 +363,7 @@ def _job(cfg: ModelConfig, stage: int, dtypes: tuple, ranks: int, m: int) -> Job
     groups = [list(unit.parameters()) for unit in units_of(model)]
     if stage < 3:
         groups = group_by_size(list(model.parameters()), BUCKET)
-    return Job(groups, ranks, 0, m, [False] + [True] * (len(groups) - 1))
+    return Job(groups, ranks, [False] + [True] * (len(groups) - 1), microbatches=m)
 
 
 def _demo(axis: Axis, cfg: ModelConfig, stage: int, impl: str, dtypes: tuple, m: int) -> Contract:
@@ -386,12 +386,12 @@ def _demo(axis: Axis, cfg: ModelConfig, stage: int, impl: str, dtypes: tuple, m:
         loss.backward()
     sync.finish()
     sync.publish()
-    gathering = model.embed.gatherer.buffers if stage == 3 else []
+    units_buffers = model.embed.gatherer.buffers if stage == 3 else []
     with Meter() as meter:  # storages count once, however many views are labelled
         meter.label("optimizer", [*weights, *moments])
         meter.label("parameter", parameters)  # which are also the weights, unless narrow
         meter.label("gradient", [p.grad for p in [*parameters, *sync.shards]])
-        meter.label("buffer", [*sync.buffers, *gathering])
+        meter.label("buffer", [*sync.buffers, *units_buffers])
         live = [meter.live[key] for key in ("parameter", "gradient", "optimizer", "buffer")]
     return Contract(*live, 0, len(axis.ledger.calls), axis.ledger.bytes())
 

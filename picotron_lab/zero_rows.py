@@ -1,18 +1,19 @@
-"""Rows: a tensor that is cut along dim 0 among ranks, on its way from and to the wire.
+"""Rows: a tensor that is cut along dim 0 among n ranks, on its way from and to the wire.
 
 Idea    ZeRO gives every rank some rows of each tensor, ceil(rows / n) of them; the last ranks have
         fewer or none. So a shard stays a rectangle, which its record can describe. On the wire all
         parts must be equal: rows that a rank lacks are sent as padding and dropped on arrival.
-        One tensor     gather_rows, scatter_sum: a call each, results are new tensors
-        Many at once   Group: one flat wire, rank after rank, so that one call serves them all
-Dims    N ranks  K elements that each rank holds of a group of tensors, with padding
-Read    shard_rows -> gather_rows -> scatter_sum -> Group -> Flights
+Plain   gather_rows, scatter_sum: a call for each tensor, results are new tensors
+Fused   Group: one flat wire, rank after rank, so that one call serves many tensors
+        Flights: such calls under way, each on a wire of its own
+Read    shard_rows -> gather_rows -> scatter_sum | Group -> Flights
 Tests   tests/test_zero.py
 """
 
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,10 @@ def shard_rows(parameter: nn.Parameter, axis: Axis) -> nn.Parameter:
 
 
 def gather_rows(shard: Tensor, rows: int, axis: Axis) -> Tensor:
-    """shard -> replicated (all_gather, all rows): the full tensor. Backward: scatter_sum."""
+    """shard -> replicated (all_gather, all rows): the full tensor.
+
+    No gradient flows through: zero_units.Boundary calls the transpose, scatter_sum, itself.
+    """
     return axis.all_gather(pad(shard.detach(), -(-rows // axis.size)))[:rows]
 
 
@@ -55,89 +59,92 @@ def scatter_sum(part: Tensor, axis: Axis) -> Tensor:
 
 
 def pad(x: Tensor, rows: int) -> Tensor:
-    """x with rows of zeros added until there are `rows`; x itself if it has them."""
-    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, rows - len(x))) if len(x) < rows else x
+    """x with zeros below until there are `rows`; x itself if it has them.
+
+    Zeros, because padding is sent: unset memory would be noise.
+    """
+    before_and_after = (0, 0) * (x.dim() - 1) + (0, rows - len(x))  # F.pad begins with the last dim
+    return F.pad(x, before_and_after) if len(x) < rows else x
+
+
+# ---- many tensors in one call
 
 
 class Group:
-    """Tensors that travel together: row r of wire_NK holds rank r's rows of each, then padding.
+    """Tensors that travel together on a wire [n, size / n].
 
-    shapes   of the full tensors
-    size     elements of wire_NK
+    Row r of the wire has, tensor after tensor, rank r's rows and padding up to ceil(rows / n).
+
+    like   tensors of the full shapes, and of one dtype
+    parts  shapes of what each rank has of them on the wire
+    size   elements of the wire
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], axis: Axis):
-        self.axis, self.shapes = axis, list(shapes)
-        self.parts = [(-(-rows // axis.size), *rest) for rows, *rest in self.shapes]
-        self.sizes = [math.prod(part) for part in self.parts]
-        self.size = axis.size * sum(self.sizes)
+    def __init__(self, like: Sequence[Tensor], axis: Axis):
+        dtypes = {x.dtype for x in like}
+        assert len(dtypes) <= 1, (
+            f"tensors of dtypes {sorted(map(str, dtypes))} cannot travel on one wire: give the "
+            "weights of a model one dtype."
+        )
+        self.axis = axis
+        self.parts = [(-(-len(x) // axis.size), *x.shape[1:]) for x in like]
+        self.size = axis.size * sum(map(math.prod, self.parts))
 
-    def gather(self, wire_NK: Tensor, shards: Sequence[Tensor]) -> Handle:
+    def gather(self, shards: Sequence[Tensor], wire: Tensor) -> Handle:
         """shard -> replicated (all_gather, the group), under way: all shards lie on the wire."""
-        own_1K = self._own(wire_NK)
-        for part, shard in zip(self.mine(wire_NK, shards), shards, strict=True):
-            part.copy_(shard.detach())
-        return self.axis.all_gather(own_1K, out=wire_NK, wait=False)
+        for place, shard in zip(self.mine(shards, wire), shards, strict=True):
+            place.copy_(shard.detach())
+        return self.axis.all_gather(self._own(wire), out=wire, wait=False)
 
-    def reduce(self, wire_NK: Tensor, gradients: Sequence[Tensor | None]) -> Handle:
+    def reduce(self, gradients: Sequence[Tensor | None], wire: Tensor) -> Handle:
         """partial -> shard (reduce_scatter, the group), under way: the sum lies in my row.
 
         gradients   full ones; None counts as zero: other ranks may have one
         """
-        for place, gradient in zip(self._places(wire_NK), gradients, strict=True):
+        for place, gradient in zip(self._places(wire), gradients, strict=True):
             if gradient is None:
                 place.zero_()
-            else:
-                for there, here in pairs(place, gradient):
-                    there.copy_(here)
-        return self.axis.reduce_scatter(wire_NK, out=self._own(wire_NK), wait=False)
+                continue
+            for there, here in pairs(place, gradient):
+                there.copy_(here)
+        return self.axis.reduce_scatter(wire, out=self._own(wire), wait=False)
 
-    def mine(self, wire_NK: Tensor, shards: Sequence[Tensor]) -> list[Tensor]:
+    def mine(self, shards: Sequence[Tensor], wire: Tensor) -> list[Tensor]:
         """Of each tensor my rows on the wire, of the shape of my shard."""
-        parts = self._own(wire_NK)[0].split(self.sizes)
-        return [part[: s.numel()].view(s.shape) for part, s in zip(parts, shards, strict=True)]
+        places = zip(self._places(wire), shards, strict=True)
+        return [place[self.axis.rank, : len(shard)] for place, shard in places]
 
-    def unpack(self, wire_NK: Tensor, fulls: Sequence[Tensor]) -> None:
+    def unpack(self, fulls: Sequence[Tensor], wire: Tensor) -> None:
         """Copy what lies on the wire into full tensors."""
-        for place, full in zip(self._places(wire_NK), fulls, strict=True):
+        for place, full in zip(self._places(wire), fulls, strict=True):
             for there, here in pairs(place, full):
                 here.copy_(there)
 
-    def fulls(self, flat: Tensor) -> list[Tensor]:
-        """Full tensors one after the other in flat memory of `size` elements."""
-        pieces = flat.split([self.axis.size * size for size in self.sizes])
-        n, shapes = self.axis.size, zip(self.parts, self.shapes, strict=True)
-        shapes = [((n * rows, *rest), shape[0]) for (rows, *rest), shape in shapes]
-        return [x.view(padded)[:rows] for x, (padded, rows) in zip(pieces, shapes, strict=True)]
+    def _own(self, wire: Tensor) -> Tensor:
+        return wire[self.axis.rank :][:1]
 
-    def _own(self, wire_NK: Tensor) -> Tensor:
-        return wire_NK[self.axis.rank :][:1]
-
-    def _places(self, wire_NK: Tensor) -> list[Tensor]:
-        """Where each tensor lies: [N, rows, ...]."""
-        pieces = zip(wire_NK.split(self.sizes, 1), self.parts, strict=True)
-        return [piece.unflatten(1, part) for piece, part in pieces]
+    def _places(self, wire: Tensor) -> list[Tensor]:
+        """Where each tensor lies: [n, ceil(rows / n), ...]."""
+        pieces = wire.split([math.prod(part) for part in self.parts], 1)
+        return [piece.unflatten(1, part) for piece, part in zip(pieces, self.parts, strict=True)]
 
 
 def pairs(place: Tensor, full: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of equal shape of [N, rows, ...] on the wire and of a full tensor: all but padding."""
-    rows = place.shape[1]
-    whole, rest = divmod(len(full), rows)
-    yield place[:whole], full[: whole * rows].unflatten(0, (whole, rows))
-    if rest:
-        yield place[whole, :rest], full[whole * rows :]
+    """Views of equal shape on the wire and of a full tensor, a pair per rank: all but padding."""
+    for rank, part in enumerate(full.split(max(1, place.shape[1]))):
+        yield place[rank, : len(part)], part
 
 
 class Memory:
     """Flat bytes that grow to their largest use and then stay: later uses allocate nothing."""
 
-    def __init__(self) -> None:
-        self.bytes = torch.empty(0, dtype=torch.uint8)
+    def __init__(self, device: torch.device | str = "cpu", size: int = 0):
+        self.bytes = torch.zeros(size, dtype=torch.uint8, device=device)
 
     def elements(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """`size` elements; those taken before lie in the same place."""
         needed = size * dtype.itemsize
-        if len(self.bytes) < needed:
+        if len(self.bytes) < needed:  # zeros, because padding is sent
             self.bytes = torch.zeros(needed, dtype=torch.uint8, device=device)
         return self.bytes[:needed].view(dtype)
 
@@ -145,22 +152,35 @@ class Memory:
 class Flights:
     """Reduce-scatters and all-gathers of groups under way, each on a wire of its own.
 
-    Who finds no wire free waits for the oldest call first.
+    size   bytes of a wire to begin with
     """
 
-    def __init__(self, wires: int):
-        self.free = [Memory() for _ in range(wires)]
+    def __init__(self, wires: int, device: torch.device, size: int = 0):
+        self.device = device
+        self.free = deque(Memory(device, size) for _ in range(wires))
         self.under_way: deque[tuple[Memory, Handle, Callable[[], None]]] = deque()
 
-    def wire(self, group: Group, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Room for a group: [N, K]. The call that will use it must `start` before the next asks."""
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The wires; those of calls under way are missing."""
+        return [memory.bytes for memory in self.free]
+
+    def start(
+        self,
+        group: Group,
+        dtype: torch.dtype,
+        send: Callable[[Tensor], Handle],
+        landed: Callable[[Tensor], None],
+    ) -> None:
+        """send(wire) starts a call; when it is over, landed(wire) takes what it brought.
+
+        Where no wire is free, the oldest call must land first.
+        """
         if not self.free:
             self._land()
-        return self.free[0].elements(group.size, dtype, device).view(group.axis.size, -1)
-
-    def start(self, call: Handle, landed: Callable[[], None]) -> None:
-        """The call on the last wire given is under way; when it is over, `landed` is called."""
-        self.under_way.append((self.free.pop(0), call, landed))
+        memory, n = self.free.popleft(), group.axis.size
+        wire = memory.elements(group.size, dtype, self.device).view(n, group.size // n)
+        self.under_way.append((memory, send(wire), partial(landed, wire)))
 
     def land(self) -> None:
         """Wait for all calls."""

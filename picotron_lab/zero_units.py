@@ -12,11 +12,11 @@ Idea    Each rank keeps 1/n of the rows of every weight. Sharded wraps a module 
 Plain   Gatherer: when needed, a call per weight, waiting
 Fused   Prefetcher: a call per unit, under way while the unit before computes. Two buffers that
         stay: on one the next weights arrive, from the other the unit computes
-Dims    as in zero_rows.py
-Read    Sharded.forward -> Boundary -> Sharded._pack, _unpack -> Gatherer -> Prefetcher
+Read    Sharded.forward -> Boundary -> Sharded._pack, _unpack -> Gatherer | Prefetcher
 Tests   tests/test_zero.py
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,18 +31,23 @@ from picotron_lab.zero_rows import Group, Memory, gather_rows
 
 
 class Note(NamedTuple):
-    """What is kept of a tensor that lay in a gathered weight: where it lay."""
+    """What is kept of a view of gathered weights.
+
+    weight   one whose storage it is in (a fused unit has one storage for all of its weights)
+    offset   from the beginning of that storage
+    version  of the weights that forward saw
+    """
 
     weight: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+    version: int
 
 
 class Kept(NamedTuple):
-    """What is kept of any other tensor: what the hooks around the unit make of it, if any."""
+    """What is kept of any other tensor: what the hooks around the unit make of it."""
 
-    pack: Callable[[Tensor], Any]
     unpack: Callable[[Any], Tensor]
     x: Any
 
@@ -51,17 +56,21 @@ class Sharded(nn.Module):
     """A unit, called as its module is, with positional arguments, of which the first is a tensor.
 
     shards   {full parameter: this rank's rows of it}; they take its place in the module
-    raises   nothing of its own. The module must not keep weights anywhere but in autograd's graph.
+    raises   AssertionError when weights changed between forward and backward, and, fused, when two
+             units must be whole at once: recompute at most one unit at a time
+
+    The module must not keep weights anywhere but in autograd's graph. Nor may it change in place
+    what autograd has saved: torch notices that only where no hooks look after saved tensors.
     """
 
     def __init__(self, module: nn.Module, gatherer: "Gatherer", shards: dict):
         super().__init__()
         self.module, self.gatherer = module, gatherer
         self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-        self.group = Group(self.shapes.values(), gatherer.axis)
+        self.group = Group(list(module.parameters()), gatherer.axis)
         self.weights: list[Tensor] | None = None
         self.index: dict[int, int] = {}  # by the address of a storage: a weight that lies there
-        self.read_by_backward = False  # as the last forward saw it
+        self.read_by_backward = False  # of an embedding, for one, it never is
         for part in module.modules():
             for key, parameter in list(part._parameters.items()):
                 if parameter is not None:
@@ -70,26 +79,28 @@ class Sharded(nn.Module):
     def forward(self, x: Tensor, *others: Any) -> Any:
         if not in_backward():
             self.gatherer.close_all()  # what a backward that was broken off has left
-        shards, notes = self.shards(), []
+        shards, version = self.shards(), self.version()
         learns = x.requires_grad or any(shard.requires_grad for shard in shards)
         if torch.is_grad_enabled() and learns:
             x, *weights = Boundary.apply(self, x, *shards)
         else:
             weights = self.open()
-        around = outer_hooks()
         lent = dict(zip(self.shapes, weights, strict=True))
+        pack = partial(self._pack, version, outer_hooks())
         try:
-            with saved_tensors_hooks(partial(self._pack, notes, around), self._unpack):
+            with saved_tensors_hooks(pack, self._unpack):
                 return functional_call(self.module, lent, (x, *others))
         finally:
             if not in_backward():
                 self.close()
-                recomputes = self.training and learns and not torch.is_grad_enabled()
-                self.read_by_backward = bool(notes) or recomputes
 
     def shards(self) -> list[nn.Parameter]:
-        """The parameters of today: those of the meta device were replaced by real ones."""
+        """Looked up each time: materialise replaces the parameters of the meta device."""
         return [parameter for _, parameter in self.module.named_parameters()]
+
+    def version(self) -> int:
+        """Grows whenever weights are changed in place; torch counts that, rows or none."""
+        return sum(shard._version for shard in self.shards())
 
     def open(self) -> list[Tensor]:
         """shard -> replicated (all_gather, one unit), unless the weights are whole already."""
@@ -102,21 +113,22 @@ class Sharded(nn.Module):
         """Forget the whole weights."""
         self.weights, self.index = None, {}
 
-    def _pack(self, notes: list[Note], around: Kept, x: Tensor) -> Note | Kept:
+    def _pack(self, version: int, around: tuple[Callable, Callable], x: Tensor) -> Note | Kept:
         """What autograd keeps instead of x."""
-        i = self.index.get(x.untyped_storage()._cdata)
-        if i is None:
-            return around._replace(x=around.pack(x))
-        offset = x.storage_offset() - self.weights[i].storage_offset()
-        notes.append(Note(i, tuple(x.shape), x.stride(), offset))
-        return notes[-1]
+        weight = self.index.get(x.untyped_storage()._cdata)
+        if weight is not None:
+            return Note(weight, tuple(x.shape), x.stride(), x.storage_offset(), version)
+        pack, unpack = around
+        return Kept(unpack, pack(x))
 
     def _unpack(self, kept: Note | Kept) -> Tensor:
         if isinstance(kept, Kept):
             return kept.unpack(kept.x)
-        weight = self.open()[kept.weight]
-        offset = weight.storage_offset() + kept.offset
-        return weight.as_strided(kept.shape, kept.stride, offset)
+        assert kept.version == self.version(), (
+            "weights changed between forward and backward, which would now mix old and new ones: "
+            "call backward before the optimizer steps."
+        )
+        return self.open()[kept.weight].as_strided(kept.shape, kept.stride, kept.offset)
 
 
 class Boundary(torch.autograd.Function):
@@ -146,15 +158,25 @@ class Boundary(torch.autograd.Function):
                 shards.append(shard)
                 sums.append(shard.new_zeros(shape) if gradient is None else gradient)
         if shards:
-            shards[0].synchroniser.reduce(shards, sums)
+            synchroniser_of(shards).reduce(shards, sums)
         return None, dx, *(None for _ in gradients)
 
 
-def outer_hooks() -> Kept:
-    """The hooks that would apply here: recomputation may surround a unit, and torch asks only the
-    innermost ones."""
+def synchroniser_of(shards: list[nn.Parameter]) -> Any:
+    """The zero.Stage3 that zero.make has made for them."""
+    ready = all(hasattr(shard, "synchroniser") and shard.grad is not None for shard in shards)
+    assert ready, (
+        f"there is nowhere to add the gradients of {shards[0].record.name}: call zero.make for all "
+        "trainable parameters, and its begin_step, before backward."
+    )
+    return shards[0].synchroniser
+
+
+def outer_hooks() -> tuple[Callable, Callable]:
+    """(pack, unpack) that would apply here: recomputation may surround a unit, and torch asks only
+    the innermost ones."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return Kept(*(hooks or (lambda x: x, lambda x: x)), None)
+    return hooks or (Tensor.detach, lambda x: x)  # a result that kept itself would never be freed
 
 
 def in_backward() -> bool:
@@ -191,14 +213,15 @@ class Gatherer:
 class Prefetcher(Gatherer):
     """Gathers a unit in one call, which leaves when the unit before begins to compute.
 
-    Forward the next unit follows, backward the nearest one below whose backward reads weights. What
-    left in one direction is not used in the other: the optimizer may have stepped in between.
+    Forward the next unit follows; backward the nearest one below whose weights an earlier backward
+    has read: the first one has nothing to go by. What left is used only if its weights are still
+    the same. Every rank must change weights alike, or ranks would meet in different calls.
     """
 
     def __init__(self, axis: Axis):
         super().__init__(axis)
         self.wire, self.whole = Memory(), Memory()
-        self.guess: tuple[Sharded, bool] | None = None  # the unit under way, and whether backward
+        self.guess: tuple[Sharded, int] | None = None  # the unit under way, version of its weights
         self.arriving: Handle | None = None
 
     @property
@@ -210,28 +233,34 @@ class Prefetcher(Gatherer):
             "a unit needs its weights while another still uses the buffer they would take: let "
             "one unit end before the next begins, or use impl plain."
         )
-        backward = in_backward()
-        if self.guess != (unit, backward):
-            self._start(unit, backward)
-        wire_NK = self.arriving.wait()
-        whole = self.whole.elements(unit.group.size, wire_NK.dtype, wire_NK.device)
-        weights = unit.group.fulls(whole)
-        unit.group.unpack(wire_NK, weights)
+        unit.read_by_backward |= in_backward()
+        if self.guess != (unit, unit.version()):
+            self._start(unit)
+        wire = self.arriving.wait()
+        weights = self._place(unit, wire.dtype, wire.device)
+        unit.group.unpack(weights, wire)
         self.guess = self.arriving = None
-        following = self._following(unit, backward)
+        following = self._following(unit)
         if following is not None:
-            self._start(following, backward)
+            self._start(following)
         return weights
 
-    def _start(self, unit: Sharded, backward: bool) -> None:
+    def _start(self, unit: Sharded) -> None:
         if self.arriving is not None:
             self.arriving.wait()  # a wrong guess: its buffer is needed
-        shards = unit.shards()
-        wire = self.wire.elements(unit.group.size, shards[0].dtype, shards[0].device)
-        self.guess = unit, backward
-        self.arriving = unit.group.gather(wire.view(self.axis.size, -1), shards)
+        group, shards, n = unit.group, unit.shards(), self.axis.size
+        wire = self.wire.elements(group.size, shards[0].dtype, shards[0].device)
+        self.guess = unit, unit.version()
+        self.arriving = group.gather(shards, wire.view(n, group.size // n))
 
-    def _following(self, unit: Sharded, backward: bool) -> Sharded | None:
+    def _place(self, unit: Sharded, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        """Room for whole weights, one after the other."""
+        shapes = unit.shapes.values()
+        sizes = [math.prod(shape) for shape in shapes]
+        parts = self.whole.elements(sum(sizes), dtype, device).split(sizes)
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _following(self, unit: Sharded) -> Sharded | None:
         i = self.units.index(unit)
         below = (other for other in reversed(self.units[:i]) if other.read_by_backward)
-        return next(below if backward else iter(self.units[i + 1 :]), None)
+        return next(below if in_backward() else iter(self.units[i + 1 :]), None)

@@ -1,5 +1,6 @@
-"""ZeRO keeps, sends and overlaps what its contract says."""
+"""ZeRO keeps, sends and overlaps what its contract says, and notices when weights change."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import zero_programs as programs
 from torch import nn
 from zero_programs import CASES, Case
 
-from picotron_lab import precision, zero
+from picotron_lab import precision, sharding, zero
 from picotron_lab.analysis.memory import Meter
 from picotron_lab.analysis.zero_state import Job, contract
 from picotron_lab.lab import run_ranks
@@ -33,7 +34,7 @@ def job_of(case, stage, dtypes, ranks, rank=0):
     again = [False, *[True] * (len(groups) - 2), not case.fused_model]
     if stage < 3:
         groups = zero.group_by_size(programs.trained(model), case.bucket)
-    return Job(groups, ranks, rank, case.microbatches, again)
+    return Job(groups, ranks, again, rank, case.microbatches)
 
 
 @every_stage
@@ -166,18 +167,67 @@ def test_recomputation_keeps_no_more_than_without_zero(impl, reentrant):
     assert run_ranks(kept, 2, 3) == run_ranks(kept, 2, 1)
 
 
+@pytest.mark.parametrize("impl", ["plain", "fused"])
+def test_a_loss_without_backward_leaves_nothing(impl):
+    """Reference counts alone must free its graph: no part of it may hold itself."""
+
+    def left(axis):
+        case = CASES["two ranks"][1]
+        model = programs.build(case, axis, 3, impl)
+        inputs = programs.batch(case, 0, axis.rank)
+        model(*inputs)  # what stays is made in the first forward
+        with Meter() as meter:
+            meter.label("parameter", model.parameters())
+            meter.label("buffer", model.embed.gatherer.buffers)
+            loss = model(*inputs)
+            before = meter.live["activation"]
+            del loss
+            return before > 0, meter.live["activation"]
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert run_ranks(left, 2) == [(True, 0)] * 2
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_buffers_of_odd_sizes_are_the_contract(stage):
+    """Padding lies on the wire, and not where a gathered unit is used."""
+    ranks, case = CASES["odd sizes"]
+
+    def buffers(axis):
+        model = programs.build(case, axis, stage, "fused")
+        sync = zero.make(stage, list(model.parameters()), axis, "fused", case.bucket)
+        programs.gradients(axis, case, model, sync, 0)
+        gathering = model.embed.gatherer.buffers if stage == 3 else []
+        return sum(buffer.nbytes for buffer in [*sync.buffers, *gathering])
+
+    said = contract(stage, "fused", job_of(case, stage, (torch.float64,) * 2, ranks))
+    assert run_ranks(buffers, ranks) == [said.buffer] * ranks
+
+
 # ---- what overlaps
 
 
+def calls_under_way(sync):
+    """Reductions that have not landed; the plain path waits for each."""
+    return len(sync.flights.under_way) if hasattr(sync, "flights") else 0
+
+
 def sent(axis, stage, impl):
-    """One step of one micro-batch: payload of each call by operation, in order."""
-    case = replace(CASES["two ranks"][1], microbatches=1)
+    """A later step of one micro-batch: payload of each call by operation, in order."""
+    case = replace(CASES["two ranks"][1], microbatches=1, steps=2)
     *_, calls = programs.train(axis, case, stage, impl)
     return [(c.op.replace("_", " "), c.bytes) for c in calls if c.op != "all_reduce"]
 
 
 def test_fused_units_are_prefetched_and_reduced_in_between():
-    """Two layers: the next gather leaves before a unit computes, its reduction after."""
+    """Two layers: the next gather leaves before a unit computes, its reduction after.
+
+    The first backward has shown whose weights it reads; this is the second step.
+    """
     model = programs.build(CASES["two ranks"][1])
     sizes = [8 * sum(p.numel() + len(p) % 2 * p[0].numel() for p in unit.parameters())
              for unit in zero.units_of(model)]  # fmt: skip
@@ -199,19 +249,21 @@ def test_fused_units_are_prefetched_and_reduced_in_between():
 def test_units_gathered_at_any_moment(impl):
     """Plain: one. Fused: one that computes and the next, whose gather has left before.
 
-    While layer 1 goes back, the gather of layer 0 and the reduction of the norm are under way.
+    While layer 1 goes back, the gather of layer 0 and the reduction of the norm are under way:
+    in the second step, for the first backward has shown whose weights it reads.
     """
 
     def watched(axis):
         case = Case(microbatches=1)
         model = programs.build(case, axis, 3, impl)
         sync = zero.make(3, list(model.parameters()), axis, impl)
+        programs.gradients(axis, case, model, sync, 0)
         units, seen = zero.units_of(model), []
 
         def watch(*_):
             gathered = [i for i, unit in enumerate(units) if unit.weights is not None]
             coming = getattr(units[0].gatherer, "guess", None)
-            reduced = len(sync.flights.under_way)
+            reduced = calls_under_way(sync)
             seen.append((gathered, units.index(coming[0]) if coming else None, reduced))
 
         for unit in units:
@@ -241,7 +293,7 @@ def test_when_buckets_leave(stage, impl):
         for parameter in parameters:
             hook = lambda _: seen.append(len(axis.ledger.calls))  # noqa: E731
             parameter.register_post_accumulate_grad_hook(hook)
-            hook = lambda _: under_way.append(len(sync.flights.under_way))  # noqa: E731
+            hook = lambda _: under_way.append(calls_under_way(sync))  # noqa: E731
             parameter.register_post_accumulate_grad_hook(hook)
         programs.gradients(axis, case, model, sync, 0)
         return seen[: len(parameters)], seen[len(parameters) :], max(under_way)
@@ -250,3 +302,91 @@ def test_when_buckets_leave(stage, impl):
         assert under_way == (2 if impl == "fused" else 0)
         assert (first[-2] > 0) == (stage == 2)
         assert (last[-2] > first[-1]) == ((stage, impl) != (1, "plain"))
+
+
+# ---- weights that change
+
+
+@pytest.fixture(scope="module")
+def chain():
+    """Builds a Chain of stage 3 with its synchroniser; begin_step has been called."""
+
+    def build(axis, impl="fused"):
+        with torch.device("meta"):
+            model = programs.Chain()
+        sharding.attach(model)
+        zero.shard_model(model, axis, impl)
+        sharding.materialise(model, 0, programs.large_value)
+        sync = zero.make(3, list(model.parameters()), axis, impl)
+        sync.begin_step()
+        return model, sync
+
+    return build
+
+
+def double(sync):
+    with torch.no_grad():
+        for shard in sync.shards:
+            shard.mul_(2)
+
+
+def step_fused_adamw(sync):
+    """Of which torch's version counters know nothing."""
+    torch.optim.AdamW(sync.shards, fused=True).step()
+    sync.publish()
+
+
+@pytest.mark.parametrize("impl", ["plain", "fused"])
+@pytest.mark.parametrize("change", [double, step_fused_adamw])
+def test_backward_through_weights_of_before(chain, impl, change):
+    """torch refuses that on one device; old activations and new weights give no gradient."""
+
+    def step(axis):
+        model, sync = chain(axis, impl)
+        loss = model(torch.ones(1, 8)).sum()
+        change(sync)
+        with pytest.raises(AssertionError, match="weights changed between forward and backward"):
+            loss.backward()
+
+    run_ranks(step, 2)
+
+
+def test_what_left_before_the_weights_changed_is_not_used(chain):
+    """A unit's forward starts the next gather; by hand, two doubled matrices give four times y."""
+
+    def ratios(axis):
+        model, sync = chain(axis)
+        x = model.layers[0](model.embed(torch.ones(1, 8)))
+        y = model.layers[1](x)
+        model.layers[0](model.embed(torch.ones(1, 8)))
+        double(sync)
+        return (model.layers[1](x) / y).flatten().tolist()
+
+    for found in run_ranks(ratios, 2):
+        assert found == pytest.approx([4.0] * 16)
+
+
+def test_what_left_for_backward_is_not_used_by_the_next_forward(chain):
+    """A backward that ends early leaves a gather under way; then the weights change."""
+
+    class Stop(Exception):
+        pass
+
+    def outputs(axis):
+        model, sync = chain(axis)
+
+        def stop(_):
+            raise Stop
+
+        x = torch.ones(1, 8, requires_grad=True)  # so that the embedding's weight is read too
+        middle = model.embed(x)
+        middle.register_hook(stop)
+        for unit in zero.units_of(model)[1:]:
+            middle = unit(middle)
+        with pytest.raises(Stop):
+            middle.sum().backward()
+        double(sync)
+        return (model(x) / middle).flatten().tolist()
+
+    for ratios in run_ranks(outputs, 2):
+        assert ratios == pytest.approx([2.0**9] * 24)  # one factor 2 per matrix

@@ -32,6 +32,7 @@ class Case:
     validate: bool = False  # between forward and backward
     in_flight: int = 1  # micro-batches whose forward runs before the first backward
     bucket: float = 900.0
+    empty: bool = False  # the feed-forward has no features here: so may a rank of tp end up
 
     @property
     def config(self):
@@ -44,6 +45,7 @@ CASES = {
     "fused model": (3, Case(fused_model=True, microbatches=1)),
     "tied": (4, Case({"tied": True})),
     "experts": (3, Case({"experts": 3, "top_k": 1, "layers": 1})),
+    "empty weights": (2, Case({"layers": 1}, microbatches=1, empty=True)),
     "empty shards": (8, Case({"hidden_size": 6, "heads": 1, "layers": 1}, microbatches=1)),
     "frozen": (3, Case(frozen=("embed", "layers.0", "layers.1.mlp.up"))),
     "frozen end": (2, Case(frozen=("layers.1", "norm", "head"))),
@@ -63,6 +65,10 @@ def build(case, axis=None, stage=0, impl="plain"):
     with torch.device("meta"):
         model = Llama(case.config, dropout=0.2)
     sharding.attach(model)
+    for layer in model.layers if case.empty else ():
+        for name, dim in (("gate", 0), ("up", 0), ("down", 1)):
+            linear = getattr(layer.mlp, name)
+            linear.weight = sharding.narrow(linear.weight, dim, 0, 0)
     for parameter in model.parameters():
         parameter.requires_grad = not parameter.record.name.startswith(case.frozen or ("-",))
     if axis is not None:

@@ -38,14 +38,14 @@ class Job:
 
     groups  parameters that travel together: the units of stage 3; the buckets of stages 1 and 2,
             which have trainable ones only
-    again   of each unit, whether backward reads its weights: an embedding's does not
+    again   of each unit of stage 3, whether backward reads its weights: an embedding's does not
     """
 
     groups: Sequence[Sequence[nn.Parameter]]
     ranks: int
+    again: Sequence[bool]
     rank: int = 0
     microbatches: int = 1
-    again: Sequence[bool] = ()
 
     def part(self, parameter: nn.Parameter, rank: int) -> int:
         """Elements of the rows that a rank holds; of rank 0 as many as all have on the wire."""
@@ -119,11 +119,12 @@ def _calls(group: Sequence[nn.Parameter], impl: str) -> int:
 
 
 def buffers(stage: int, job: Job) -> int:
-    """Bytes of the flat wires of the fused path, which stay."""
+    """Bytes of the flat buffers of the fused path, which stay."""
     w, g = job.groups[0][0].dtype.itemsize, job.groups[0][0].grad_dtype.itemsize
     trained = [[p for p in group if p.requires_grad] for group in job.groups]
-    if stage == 3:
-        return 2 * w * max(map(job.wire, job.groups)) + g * max(map(job.wire, trained))
+    if stage == 3:  # a unit arrives and lies in use; gradients of a unit leave
+        whole = max(sum(p.numel() for p in group) for group in job.groups)
+        return w * (max(map(job.wire, job.groups)) + whole) + g * max(map(job.wire, trained))
     return min(2, len(job.groups)) * max(w, g) * max(map(job.wire, trained))
 
 
