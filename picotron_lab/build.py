@@ -44,8 +44,7 @@ def build_model(
     data_parallel.parallelize(model, mesh.replica)
     if mesh_cfg.zero == 3:
         zero.shard_model(model, mesh.replica, cfg.impl)
-    # the fused way numbers what autograd saves, and ZeRO-3 has its own say in that
-    recompute.apply(model, cfg.recompute, "plain" if mesh_cfg.zero == 3 else cfg.impl)
+    recompute.apply(model, cfg.recompute, cfg.impl)
     dtype = precision.DTYPES[cfg.dtype]
     sharding.materialise(model, cfg.seed, initial_value, device, dtype)
     return model
