@@ -122,8 +122,11 @@ def _products() -> list[Case]:
     ]  # fmt: skip
 
 
-def sample(count: int, seed: int = 0) -> list[Case]:
-    """Random products of everything, always the same ones: rows 1 to `count` of --all."""
+def sample(count: int, seed: int = 26) -> list[Case]:
+    """Random products of everything, always the same ones: rows 1 to `count` of --all.
+
+    With this seed the first dozen, which the tests run, hold every stage and algorithm.
+    """
     dice = random.Random(seed)
     return [_draw(dice) for _ in range(count)]
 

@@ -25,6 +25,8 @@ MESHES = {
     "zero2 tp sp": MeshConfig(dp=3, tp=2, zero=2, sequence_parallel=True),
     "zero3 tp sp": MeshConfig(dp=2, tp=4, zero=3, sequence_parallel=True),
 }
+LONG = ("zero1 tp", "zero3 tp sp")
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in MESHES]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def full_weights(model_cfg, cfg):
     return {p.record.name: p.detach() for p in model.parameters()}
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", NAMES)
 def test_initial_weights_are_slices_of_one_devices(base, name):
     """Every element is on some rank, shards differ, and their scale does not depend on the cut."""
     full = full_weights(MODEL, base)
@@ -122,7 +124,7 @@ def assert_equal(found, expected, limit=1e-10):
 
 
 @pytest.mark.parametrize("impl", ["plain", "fused"])
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", NAMES)
 def test_three_clipped_steps_equal_one_device(base, name, impl):
     """Untied embeddings with 2 key/value heads, tied ones with 1; recomputed activations."""
     mesh_cfg = MESHES[name]
@@ -169,7 +171,7 @@ def load_and_go_on(world, mesh_cfg, cfg, path):
     return held, losses
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_of_any_mesh_loads_into_any_other(base, name, tmp_path):
     """Weights and moments arrive to the last bit; two more steps equal an uninterrupted run."""
     cfg = dataclasses.replace(base, optimizer="adamw", lr=0.01, min_lr=0.01,

@@ -1,29 +1,29 @@
 """The command line with a model that is split over ranks, as users meet it."""
 
+import pytest
 from test_run import assert_same, metrics, stop_after, torchrun, train
 
 import run
 
+SPLITS = {
+    "zero3 tp": ["--dp", "2", "--tp", "2", "--zero", "3", "--sequence-parallel"],
+    "zero2": ["--zero", "2", "--recompute", "full"],
+    "zero1 tp plain": ["--tp", "2", "--zero", "1", "--impl", "plain"],
+}
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name != "zero3 tp")) for name in SPLITS]
 
-def test_split_models_print_the_same_curve_and_sample(text, tmp_path, capsys):
-    """4 real processes that share the model in three ways, beside one process."""
+
+@pytest.mark.parametrize("name", NAMES)
+def test_split_models_print_the_same_curve_and_sample(name, text, tmp_path, capsys):
+    """4 real processes that share the model, beside one process."""
     options = [*text, "--steps", "3", "--dtype", "float64", "--dropout", "0.1", "--heads", "2"]
+    launched = torchrun(4, *options, *SPLITS[name], "--log-file", str(tmp_path / "four"))
     assert train(*options, "--log-file", str(tmp_path / "one")) == 0
     sample = capsys.readouterr().out.split("metrics:")[0]
-    meshes = {
-        "zero3-tp": ["--dp", "2", "--tp", "2", "--zero", "3", "--sequence-parallel"],
-        "zero2": ["--zero", "2", "--recompute", "full"],
-        "zero1-tp-plain": ["--tp", "2", "--zero", "1", "--impl", "plain"],
-    }
-    launched = {
-        name: torchrun(4, *options, *mesh, "--log-file", str(tmp_path / name))
-        for name, mesh in meshes.items()
-    }
-    for name, process in launched.items():
-        out, errors = process.communicate(timeout=180)
-        assert process.returncode == 0, f"{name}: {errors}"
-        assert out.split("metrics:")[0] == sample, name
-        assert_same(metrics(tmp_path / name), metrics(tmp_path / "one"), 1e-10)
+    out, errors = launched.communicate(timeout=180)
+    assert launched.returncode == 0, errors
+    assert out.split("metrics:")[0] == sample
+    assert_same(metrics(tmp_path / "four"), metrics(tmp_path / "one"), 1e-10)
 
 
 def test_a_run_goes_on_with_another_split(text, tmp_path):
