@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from picotron_lab import data, optim, sharding
 from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig
-from picotron_lab.diagnose import TrainingError
+from picotron_lab.diagnose import TrainingError, state_bytes
 from picotron_lab.lab import run_ranks
 from picotron_lab.model import Llama, initial_value
 from picotron_lab.session import train
@@ -260,6 +260,19 @@ def test_a_full_gpu_names_the_category(base, tmp_path, monkeypatch):
         cfg = dataclasses.replace(base, log_file=str(tmp_path / str(room)))
         with pytest.raises(TrainingError, match=sentence):
             run_ranks(lambda world, cfg=cfg: train(MODEL, MeshConfig(), cfg, world), 1)
+
+
+def test_predicted_state_by_hand():
+    """100 parameters, 25 of them this rank's: w + g + K of 4 + 4 + 8 or 2 + 4 + 12 bytes."""
+    for dtype, by_stage in (
+        (torch.float32, {0: 1600, 1: 400 + 400 + 200, 2: 400 + 100 + 200, 3: 100 + 100 + 200}),
+        (torch.bfloat16, {0: 1800, 1: 200 + 400 + 300, 2: 200 + 100 + 300, 3: 50 + 100 + 300}),
+        (torch.float64, {0: 3200}),
+    ):
+        whole, part = ([torch.nn.Parameter(torch.zeros(n, dtype=dtype))] for n in (100, 25))
+        for stage, expected in by_stage.items():
+            held, stepped = part if stage == 3 else whole, whole if stage == 0 else part
+            assert state_bytes(held, stepped, stage) == expected, (dtype, stage)
 
 
 def test_state_is_16_or_18_bytes_per_parameter(base):
