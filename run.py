@@ -18,6 +18,7 @@ from pathlib import Path
 
 from picotron_lab import checkpoint, config, state
 from picotron_lab.cases import cases, sample
+from picotron_lab.checks import check_run
 from picotron_lab.comm import connect
 from picotron_lab.config import ConfigError, MeshConfig, ModelConfig, TrainConfig
 from picotron_lab.diagnose import TrainingError
@@ -233,7 +234,7 @@ def run_train(arguments: list[str]) -> None:
     cfg = choose_options(given, manifest)
     model_cfg = choose_model(given, manifest)
     ranks, mesh_cfg = choose_ranks(given)
-    config.check_run(model_cfg, mesh_cfg, cfg)
+    check_run(model_cfg, mesh_cfg, cfg)
     if manifest:
         state.check_resume(manifest, model_cfg, cfg)
     cfg = choose_files(cfg, manifest is not None)

@@ -1,9 +1,9 @@
 """What a user may ask for: model, mesh and training, each a frozen dataclass, with its checks.
 
 Rules   A check that fails raises ConfigError with one sentence: option, value, rule, a value that
-        works. All checks of options live here; data.py and checkpoint.py check what they find in
-        files.
-Read    ModelConfig -> PRESETS -> MeshConfig -> TrainConfig -> check_run
+        works. What model, mesh and training ask of each other: checks.py; data.py and checkpoint.py
+        check what they find in files.
+Read    ModelConfig -> PRESETS -> MeshConfig -> TrainConfig
 """
 
 import dataclasses
@@ -17,13 +17,16 @@ OPTIMIZERS = ("adamw", "sgd")
 DP_STEPS = ("naive", "overlapped", "bucketed", "silent")
 VOCABULARY = ("none", "naive", "1", "2")
 RECOMPUTE = ("none", "selective", "full")
+ROUTERS = ("softmax", "sigmoid")
+CP_KINDS = ("ring", "zigzag", "all-gather", "ulysses")
 
 
 class ConfigError(Exception):
     """A sentence about something the user can mend: option, value, rule, a value that works."""
 
 
-def _require(holds: bool, sentence: str) -> None:
+def require(holds: bool, sentence: str) -> None:
+    """Raise ConfigError with this sentence unless the rule holds."""
     if not holds:
         raise ConfigError(sentence)
 
@@ -32,11 +35,11 @@ def _option(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def _require_ranges(config: object, ranges: dict[str, tuple[float, float, float]]) -> None:
+def require_ranges(config: object, ranges: dict[str, tuple[float, float, float]]) -> None:
     """Every field must lie in its range (smallest, largest, a value that works)."""
     for field, (low, high, example) in ranges.items():
         value, option = getattr(config, field), _option(field)
-        _require(
+        require(
             low <= value <= high,  # also false for NaN
             f"{option} {value:g} must lie between {low:g} and {high:g}; try {option} {example:g}.",
         )
@@ -48,7 +51,9 @@ MODEL_RANGES = {
     "vocab_size": (0, 2**24, 0), "hidden_size": (1, 2**18, 128), "layers": (1, 10_000, 4),
     "heads": (1, 2**14, 4), "kv_heads": (1, 2**14, 2), "ffn_size": (1, 2**20, 352),
     "experts": (0, 2**14, 0), "top_k": (1, 2**14, 2), "rope_theta": (1, 1e12, 1e4),
-    "norm_eps": (1e-12, 1, 1e-5), "head_size": (0, 2**14, 0),
+    "norm_eps": (1e-12, 1, 1e-5), "head_size": (0, 2**14, 0), "shared_experts": (0, 2**10, 0),
+    "expert_groups": (1, 2**14, 1), "top_groups": (1, 2**14, 1), "capacity_factor": (0, 1e6, 1.25),
+    "balance_loss": (0, 1e6, 0.001), "balance_speed": (0, 1e3, 0.001), "z_loss": (0, 1e6, 0.001),
 }  # fmt: skip
 
 
@@ -69,28 +74,54 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     head_size: int = 0  # 0: hidden_size / heads
+    router: str = "softmax"  # scores of experts: softmax or sigmoid (router.py has the options)
+    shared_experts: int = 0  # experts that every token goes through, beside its top_k
+    expert_groups: int = 1  # neighbouring experts form groups, such as those on one node
+    top_groups: int = 1  # groups that a token's experts may lie in
+    capacity_factor: float = 0.0  # 0: no token is dropped
+    balance_loss: float = 0.0
+    balance_speed: float = 0.0  # by which an expert's bias moves per step
+    z_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        _require_ranges(self, MODEL_RANGES)
-        _require(
+        require_ranges(self, MODEL_RANGES)
+        require(
             self.heads % self.kv_heads == 0,
             f"--kv-heads {self.kv_heads} must divide --heads {self.heads}; try --kv-heads 1.",
         )
-        _require(
+        require(
             self.head_size > 0 or self.hidden_size % self.heads == 0,
             f"--heads {self.heads} must divide --hidden-size {self.hidden_size}; "
             f"try --hidden-size {-(-self.hidden_size // self.heads) * self.heads}.",
         )
         size = self.heads * (self.head_width + 1)
         advice = f"head_size {self.head_size + 1}" if self.head_size else f"--hidden-size {size}"
-        _require(
+        require(
             self.head_width % 2 == 0,
             f"--heads {self.heads} makes heads {self.head_width} wide, and rotary positions need "
             f"an even width; try {advice}.",
         )
-        _require(
+        require(
             self.experts == 0 or 1 <= self.top_k <= self.experts,
             f"--top-k {self.top_k} must be between 1 and --experts {self.experts}; try --top-k 1.",
+        )
+        if self.experts:
+            self._check_routing()
+
+    def _check_routing(self) -> None:
+        E, G, M = self.experts, self.expert_groups, self.top_groups
+        require(
+            self.router in ROUTERS, f"--router {self.router} is not one of {', '.join(ROUTERS)}."
+        )
+        require(
+            E % G == 0 and M <= G,
+            f"--expert-groups {G} must divide --experts {E}, and --top-groups {M} cannot be more; "
+            f"try --expert-groups 1 --top-groups 1.",
+        )
+        require(
+            self.top_k <= M * (E // G),
+            f"--top-k {self.top_k} asks for more experts than --top-groups {M} of {E // G} each "
+            f"have; try --top-groups {-(-self.top_k * G // E)}.",
         )
 
     @property
@@ -123,13 +154,13 @@ def model_from_file(path: str) -> ModelConfig:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config {path} must be a readable JSON file: {error}.") from None
     known = {f.name: f.type for f in dataclasses.fields(ModelConfig)}
-    _require(
+    require(
         isinstance(fields, dict) and set(fields) <= set(known),
         f"--config {path} must hold an object with only these keys: {', '.join(known)}.",
     )
     for key, value in fields.items():
         good = type(value) is known[key] or (known[key] is float and type(value) is int)
-        _require(good, f"--config {path}: {key} {value!r} must be of type {known[key].__name__}.")
+        require(good, f"--config {path}: {key} {value!r} must be of type {known[key].__name__}.")
     return ModelConfig(**fields)
 
 
@@ -149,31 +180,41 @@ class MeshConfig:
     tp: int = 1
     ep: int = 1
     zero: int = 0  # stage of ZeRO, over dp x cp
+    cp_kind: str = ""  # of attention over cp; empty: ring for plain, zigzag for fused
     sequence_parallel: bool = False  # over tp
     vocab_parallel: str = ""  # over tp; empty: naive for plain, 2 for fused
 
     def __post_init__(self) -> None:
-        _require_ranges(self, MESH_RANGES)
-        _require(
+        require_ranges(self, MESH_RANGES)
+        require(
             self.dp * self.cp % self.ep == 0,
             f"--ep {self.ep} must divide --dp {self.dp} times --cp {self.cp}; try --ep 1.",
         )
+        require(
+            self.cp_kind in ("", *CP_KINDS),
+            f"--cp-kind {self.cp_kind} is not one of {', '.join(CP_KINDS)}.",
+        )
+        require(
+            self.cp_kind == "" or self.cp > 1,
+            f"--cp-kind {self.cp_kind} shares the sequence out among context-parallel ranks, and "
+            "there is one; try --cp 2 on 2 ranks (--ranks 2), or leave it out.",
+        )
         more = 2 * self.pp * self.tp
-        _require(
+        require(
             self.zero == 0 or self.dp * self.cp > 1,
             f"--zero {self.zero} shares weights out among data-parallel ranks, and there is one; "
             f"start more ranks, such as --ranks {more}, or leave --zero out.",
         )
-        _require(
+        require(
             not self.sequence_parallel or self.tp > 1,
             "--sequence-parallel shares the sequence out among tensor-parallel ranks, and there is "
             "one; try --tp 2 on 2 ranks (--ranks 2), or leave it out.",
         )
-        _require(
+        require(
             self.vocab_parallel in ("", *VOCABULARY),
             f"--vocab-parallel {self.vocab_parallel} is not one of {', '.join(VOCABULARY)}.",
         )
-        _require(
+        require(
             self.vocab_parallel in ("", "none") or self.tp > 1,
             f"--vocab-parallel {self.vocab_parallel} shares the vocabulary out among "
             "tensor-parallel ranks, and there is one; try --tp 2 on 2 ranks (--ranks 2), or leave "
@@ -183,6 +224,10 @@ class MeshConfig:
     def vocabulary(self, impl: str) -> str:
         """How the output layer is split over tp: none (logits gathered), naive, 1 or 2."""
         return self.vocab_parallel or {"plain": "naive", "fused": "2"}[impl]
+
+    def context(self, impl: str) -> str:
+        """How attention crosses the parts of a sequence: ring, zigzag, all-gather or ulysses."""
+        return self.cp_kind or {"plain": "ring", "fused": "zigzag"}[impl]
 
     @property
     def size(self) -> int:
@@ -200,7 +245,7 @@ class MeshConfig:
         sizes = {axis: getattr(self, axis) for axis in ("pp", "dp", "cp", "tp")}
         given = " ".join(f"--{axis} {size}" for axis, size in sizes.items() if size > 1)
         how = "torchrun --nproc-per-node N run.py, or --ranks N, starts N ranks"
-        _require(
+        require(
             self.size == ranks,
             f"{given or '--dp 1'} makes a mesh of {self.size} ranks, but there are {ranks}; "
             f"try {advice} ({how}).",
@@ -210,8 +255,8 @@ class MeshConfig:
 def check_ranks(threads: int | None, launched: bool) -> None:
     """--ranks, where it was given; under torchrun (`launched`) there are ranks already."""
     good = threads is None or threads >= 1
-    _require(good, f"--ranks {threads} must be at least 1; try --ranks 2.")
-    _require(
+    require(good, f"--ranks {threads} must be at least 1; try --ranks 2.")
+    require(
         threads is None or not launched,
         f"--ranks {threads} starts threads, but torchrun has started the ranks; leave --ranks out.",
     )
@@ -220,7 +265,7 @@ def check_ranks(threads: int | None, launched: bool) -> None:
 def check_not_empty(given: dict[str, object]) -> None:
     """No option was given an empty string, as an unset shell variable would."""
     for field, value in given.items():
-        _require(
+        require(
             value != "", f"{_option(field)} was given an empty value; name one or leave it out."
         )
 
@@ -273,7 +318,7 @@ class TrainConfig:
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
-        _require_ranges(self, TRAIN_RANGES)
+        require_ranges(self, TRAIN_RANGES)
         self._check_choices()
         self._check_pairs()
 
@@ -285,10 +330,10 @@ class TrainConfig:
         for field, allowed in choices.items():
             value, option = getattr(self, field), _option(field)
             names = ", ".join(filter(None, allowed))
-            _require(value in allowed, f"{option} {value} is not one of {names}.")
+            require(value in allowed, f"{option} {value} is not one of {names}.")
 
     def _check_pairs(self) -> None:
-        _require(
+        require(
             0 <= self.final_lr <= self.lr,
             f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr:g}; "
             f"try --min-lr {self.lr / 10:g}.",
@@ -296,16 +341,16 @@ class TrainConfig:
         choice, buckets = f"--impl {self.impl}", "--impl fused"
         if self.dp_step:
             choice, buckets = f"--dp-step {self.dp_step}", "--dp-step silent"
-        _require(
+        require(
             not self.reduce_dtype or self.sync_step in ("bucketed", "silent"),
             f"--reduce-dtype {self.reduce_dtype} needs buckets, which {choice} has not; try "
             f"{buckets}.",
         )
-        _require(
+        require(
             self.save_every == 0 or self.save_dir is not None,
             f"--save-every {self.save_every} needs a folder; add --save-dir runs/mine.",
         )
-        _require(
+        require(
             self.resume != "latest" or self.save_dir is not None,
             "--resume without a folder looks into --save-dir; add --save-dir runs/mine, or name "
             "the checkpoint.",
@@ -324,57 +369,10 @@ class TrainConfig:
     def micro_batches(self, replicas: int) -> int:
         """Micro-batches per rank and step when `replicas` ranks share the global batch."""
         share = self.micro_batch_size * replicas
-        _require(
+        require(
             self.global_batch_size % share == 0,
             f"--global-batch-size {self.global_batch_size} must be a multiple of "
             f"--micro-batch-size {self.micro_batch_size} times {replicas} data-parallel ranks; "
             f"try --global-batch-size {max(1, self.global_batch_size // share) * share}.",
         )
         return self.global_batch_size // share
-
-
-def check_run(model: ModelConfig, mesh: MeshConfig, cfg: TrainConfig) -> None:
-    """What model, mesh and training ask of each other."""
-    cfg.micro_batches(mesh.dp * mesh.cp)
-    _require(
-        not (mesh.zero and cfg.dp_step),
-        f"--dp-step {cfg.dp_step} sums gradients on every rank, and --zero {mesh.zero} has its own "
-        "way; leave --dp-step out.",
-    )
-    longer = -(-cfg.sequence_length // mesh.tp) * mesh.tp
-    _require(
-        not mesh.sequence_parallel or cfg.sequence_length == longer,
-        f"--sequence-length {cfg.sequence_length} must be a multiple of --tp {mesh.tp} with "
-        f"--sequence-parallel; try --sequence-length {longer}.",
-    )
-    if mesh.tp > 1:
-        _check_tensor_parallel(model, mesh, cfg)
-
-
-def _check_tensor_parallel(model: ModelConfig, mesh: MeshConfig, cfg: TrainConfig) -> None:
-    tp, heads, kv_heads = mesh.tp, model.heads, model.kv_heads
-    divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0 and _shares(kv_heads, n)]
-    advice = f"try --tp {' or '.join(divisors[-2:])}"
-    _require(
-        heads % tp == 0, f"--tp {tp} must divide the model's {heads} attention heads; {advice}."
-    )
-    _require(
-        _shares(kv_heads, tp),
-        f"--tp {tp} must divide the model's {kv_heads} key/value heads, or be a multiple of their "
-        f"number; {advice}.",
-    )
-    _require(
-        model.vocab_size == 0 or model.vocab_size >= tp,
-        f"--tp {tp} splits a vocabulary of {model.vocab_size}, which has too few entries; try "
-        f"--tp {max(1, model.vocab_size)} or a larger --vocab-size.",
-    )
-    _require(
-        not model.tied or mesh.vocabulary(cfg.impl) != "none",
-        f"--vocab-parallel none cannot split an output layer that is tied to the embedding over "
-        f"--tp {tp}; try --vocab-parallel 2.",
-    )
-
-
-def _shares(kv_heads: int, tp: int) -> bool:
-    """Each rank has whole key/value heads, or whole groups of ranks share one."""
-    return kv_heads % tp == 0 or tp % kv_heads == 0

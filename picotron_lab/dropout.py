@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Where:
-    """Where a micro-batch sits in the whole run: decides rotary positions and dropout masks."""
+    """Where a micro-batch sits in the whole run: decides positions and masks."""
 
     positions_T: Tensor  # position of each token in its sequence
     rows_B: Tensor  # index of each sequence in the global batch
     step: int = 0
     seed: int = 0
+    documents_BT: Tensor | None = None  # document of each token; None: one document a sequence
 
     @staticmethod
     def first(tokens_BT: Tensor) -> "Where":

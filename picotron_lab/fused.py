@@ -68,7 +68,8 @@ class FusedBlock(nn.Module):
     def forward(self, x_BTD: Tensor, angles: tuple[Tensor, Tensor], where: Where) -> Tensor:
         first, second = self.attention_norm, self.mlp_norm
         normed_BTD = F.rms_norm(x_BTD, first.weight.shape, first.weight, first.eps)
-        delta_BTD = self.attention_dropout(self.attention(normed_BTD, angles), where)
+        attended_BTD = self.attention(normed_BTD, angles, where.documents_BT)
+        delta_BTD = self.attention_dropout(attended_BTD, where)
         x_BTD, normed_BTD = add_rms_norm(x_BTD, delta_BTD, second.weight, second.eps)
         return x_BTD + self.mlp_dropout(self.mlp(normed_BTD), where)
 
@@ -110,10 +111,18 @@ class FusedSwiGLU(SwiGLU):
 class SDPA(AttentionCore):
     """torch's fused causal attention: cuDNN or flash kernels on CUDA, flash on CPU."""
 
-    def forward(self, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor) -> Tensor:
+    def forward(
+        self, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, documents_BT: Tensor | None = None
+    ) -> Tensor:
         q, k, v = (rearrange(x, "b t h c -> b h t c") for x in (q_BTHC, k_BTKC, v_BTKC))
-        grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        mask = None
+        if documents_BT is not None:  # True: may be seen
+            same = documents_BT[:, None, :, None] == documents_BT[:, None, None]
+            mask = same.tril()
+        causal, grouped = mask is None, q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
         return rearrange(out, "b h t c -> b t h c")
 
 

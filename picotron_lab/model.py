@@ -18,13 +18,9 @@ from torch import Tensor, nn
 
 from picotron_lab.config import ModelConfig
 from picotron_lab.dropout import Dropout, Where
+from picotron_lab.router import Router, wide
 
 IGNORED = -100  # a label that counts neither in the loss nor in its normalisation
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in float32 at least: sums over many elements need it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Llama(nn.Module):
@@ -66,7 +62,7 @@ class Block(nn.Module):
         self.mlp_dropout = Dropout(dropout, site=2 * layer + 2)
 
     def forward(self, x_BTD: Tensor, angles: tuple[Tensor, Tensor], where: Where) -> Tensor:
-        attended_BTD = self.attention(self.attention_norm(x_BTD), angles)
+        attended_BTD = self.attention(self.attention_norm(x_BTD), angles, where.documents_BT)
         x_BTD = x_BTD + self.attention_dropout(attended_BTD, where)
         return x_BTD + self.mlp_dropout(self.mlp(self.mlp_norm(x_BTD)), where)
 
@@ -119,22 +115,26 @@ class Attention(nn.Module):
         self.rotate = Rotate()
         self.core = AttentionCore()
 
-    def forward(self, x_BTD: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_BTD: Tensor, angles: tuple, documents_BT: Tensor | None = None) -> Tensor:
         qkv = (linear(x_BTD) for linear in (self.q, self.k, self.v))
         q, k, v = (rearrange(x, "b t (h c) -> b t h c", c=self.head_width) for x in qkv)
         q_BTHC, k_BTKC = self.rotate(q, k, angles)
-        return self.o(rearrange(self.core(q_BTHC, k_BTKC, v), "b t h c -> b t (h c)"))
+        return self.o(self.core(q_BTHC, k_BTKC, v, documents_BT).flatten(2))
 
 
 class AttentionCore(nn.Module):
-    """Causal softmax(q k^T / sqrt(C)) v, with all T*T scores written out."""
+    """Causal softmax(q k^T / sqrt(C)) v with all T*T scores, each document of T by itself."""
 
-    def forward(self, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor) -> Tensor:
+    def forward(
+        self, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, documents_BT: Tensor | None = None
+    ) -> Tensor:
         T, K, C = k_BTKC.shape[1:]
         q = rearrange(q_BTHC, "b t (k g) c -> b t k g c", k=K)
         scores = wide(einsum(q, k_BTKC, "b t k g c, b s k c -> b k g t s")) / math.sqrt(C)
-        future_TS = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-        weights = scores.masked_fill(future_TS, -math.inf).softmax(-1).to(q.dtype)
+        hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)  # the future
+        if documents_BT is not None:
+            hidden = hidden | (documents_BT[:, :, None] != documents_BT[:, None])[:, None, None]
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1).to(q.dtype)
         return einsum(weights, v_BTKC, "b k g t s, b s k c -> b t k g c").flatten(2, 3)
 
 
@@ -160,22 +160,22 @@ class MLP(nn.Module):
 
 
 class MoE(nn.Module):
-    """Each token goes through its top_k experts, mixed by their renormalised probabilities."""
+    """Each token goes through the experts that its router chose, and a shared one if there is."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.top_k = cfg.top_k
-        self.router = nn.Linear(cfg.hidden_size, cfg.experts, bias=False)
-        self.experts = nn.ModuleList(MLP(cfg.hidden_size, cfg.ffn_size) for _ in range(cfg.experts))
+        D, hidden = cfg.hidden_size, cfg.ffn_size
+        self.router = Router(cfg)
+        self.experts = nn.ModuleList(MLP(D, hidden) for _ in range(cfg.experts))
+        self.shared = MLP(D, cfg.shared_experts * hidden) if cfg.shared_experts else None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        expert_Nk, gate_Nk = self.router(x_BTD)
         x_ND = x_BTD.flatten(0, 1)
-        best_Nk, expert_Nk = wide(self.router(x_ND)).softmax(-1).topk(self.top_k)
-        weight_Nk = (best_Nk / best_Nk.sum(-1, keepdim=True)).to(x_ND.dtype)
-        out_ND = torch.zeros_like(x_ND)
+        out_ND = torch.zeros_like(x_ND) if self.shared is None else self.shared(x_ND)
         for e, expert in enumerate(self.experts):
             token, choice = torch.where(expert_Nk == e)
-            out = expert(x_ND[token]) * weight_Nk[token, choice, None]
+            out = expert(x_ND[token]) * gate_Nk[token, choice, None]
             out_ND = out_ND.index_add(0, token, out)
         return out_ND.view_as(x_BTD)
 

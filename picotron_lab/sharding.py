@@ -42,10 +42,10 @@ class Record:
 
 
 def attach(model: nn.Module) -> None:
-    """Give every parameter of a plain model its record: all of it is here, and nowhere else."""
-    for name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
-        parameter.record = Record(name, shape, tuple((0, n) for n in shape))
+    """Give all parameters and buffers of a plain model their record: whole, and nowhere else."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        shape = tuple(tensor.shape)
+        tensor.record = Record(name, shape, tuple((0, n) for n in shape))
 
 
 def update(parameter: nn.Parameter, **changes: tuple) -> None:
@@ -111,7 +111,8 @@ def materialise(
     """Turn the parameters of a model on the meta device into real ones, shard by shard.
 
     draw     (name, full shape, generator) -> the full parameter in float32
-    Memory   one full parameter at a time; tied parameters stay tied.
+    Memory   one full parameter at a time; tied parameters stay tied. Buffers start at zero, in
+             their own dtype.
     """
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -125,6 +126,9 @@ def materialise(
                 made[id(old)] = nn.Parameter(part, requires_grad=old.requires_grad)
                 made[id(old)].record = record
             setattr(module, key, made[id(old)])
+        for key, old in module._buffers.items():
+            module._buffers[key] = torch.zeros_like(old, device=device)
+            module._buffers[key].record = old.record
 
 
 # ---- gradients

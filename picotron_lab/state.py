@@ -1,8 +1,9 @@
 """What of a run goes into a checkpoint, and how a run goes on from one.
 
 Holds   every parameter; with bf16 its float32 master weight ("master/NAME"); AdamW's moments
-        ("adamw.exp_avg/NAME", "adamw.exp_avg_sq/NAME"); the number of steps; the options of model
-        and run. Beside the checkpoints lies tokenizer.json, unless tokens are bytes.
+        ("adamw.exp_avg/NAME", "adamw.exp_avg_sq/NAME"); every router's bias; the number of steps;
+        the options of model and run. Beside the checkpoints lies tokenizer.json, unless tokens are
+        bytes.
 Not     positions in the data, random states: batches and dropout masks are functions of
         (seed, step).
 Read    save -> load -> options_of; then Hugging Face folders
@@ -34,6 +35,7 @@ def save(trainer: Any, step: int) -> Path:
     if world.rank == 0 and not (folder / TOKENIZER).exists():
         trainer.tokenizer.save(folder / TOKENIZER)
     pieces: Pieces = [(p.record, p.detach()) for p in trainer.model.parameters()]
+    pieces += [(b.record, b) for b in trainer.model.buffers()]
     pieces += trainer.masters.pieces() + optim.moments(trainer.optimizer)
     meta = {"model": asdict(trainer.model_cfg), "train": asdict(trainer.cfg)}
     return checkpoint.save(folder, step, pieces, meta, world)
@@ -45,6 +47,7 @@ def load(trainer: Any, manifest: Manifest) -> None:
     for weight in (*trainer.model.parameters(), *trainer.masters.weights):
         record = weight.record if is_narrow(weight.dtype) else best_source(weight.record, manifest)
         wanted.append((record, weight.detach()))
+    wanted += [(b.record, b) for b in trainer.model.buffers()]
     if manifest.step > 0:
         wanted += optim.moments(trainer.optimizer)
         optim.set_step_count(trainer.optimizer, manifest.step)

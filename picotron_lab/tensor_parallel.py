@@ -142,12 +142,12 @@ class ParallelAttention(Region):
             keep_part(shared, 0, axis.size // kv.size, axis.rank // kv.size)
             sharding.add_axis(shared.weight, kv, partial=True)
 
-    def forward(self, x_BTD: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_BTD: Tensor, angles: tuple, documents_BT: Tensor | None = None) -> Tensor:
         weights = [self.q.weight, self.k.weight, self.v.weight]
         qkv = self.crossing.column(x_BTD, weights)
         q, k, v = (rearrange(y, "b t (h c) -> b t h c", c=self.head_width) for y in qkv)
         q_BTHC, k_BTKC = self.rotate(q, k, angles)
-        mixed_BTF = rearrange(self.core(q_BTHC, k_BTKC, v), "b t h c -> b t (h c)")
+        mixed_BTF = self.core(q_BTHC, k_BTKC, v, documents_BT).flatten(2)
         return self.crossing.row(mixed_BTF, self.o.weight)
 
 
@@ -156,13 +156,13 @@ class ParallelMoE(Region):
 
     Every rank routes alike. But y = sum over experts of p_e y_e, and a rank has only its term of
     y_e: its gradient dy . y_e of the routing weight p_e is one term as well. So is all that flows
-    back through the router: partial over tp, its weight by its record, x by enter.
-    """
+    back through the router: partial over tp, its weight by its record, x by enter."""
 
     def __init__(self, whole: MoE, crossing: Crossing):
         super().__init__(crossing)
-        for expert in whole.experts:
-            cut_mlp(expert, crossing.axis)
+        for mlp in [*whole.experts] + [whole.shared] * (whole.shared is not None):
+            cut_mlp(mlp, crossing.axis)
+        whole.router.share = 1 / crossing.axis.size  # of penalties, which every rank computes
         sharding.add_axis(whole.router.weight, crossing.axis, partial=True)
         self.moe = whole
 

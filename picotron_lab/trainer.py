@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from picotron_lab import corpus, data, data_parallel, mesh, optim, precision, sharding, state, zero
 from picotron_lab.analysis import cost, hardware, memory
 from picotron_lab.build import build_model
+from picotron_lab.checks import check_run
 from picotron_lab.comm import Axis
-from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig, check_run
+from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig
 from picotron_lab.diagnose import TrainingError, not_finite
 from picotron_lab.dropout import Where
 from picotron_lab.model import IGNORED

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
+from picotron_lab.checks import check_run
 from picotron_lab.config import (
     ConfigError,
     MeshConfig,
     ModelConfig,
     TrainConfig,
-    check_run,
     model_from_file,
 )
 
@@ -100,7 +100,7 @@ WRONG = {
     "try --vocab-parallel 2": lambda: together(
         {"tied": True}, {"tp": 2, "vocab_parallel": "none"}
     ),
-    "--sequence-length 30 must be a multiple of --tp 4 with --sequence-parallel; "
+    "--sequence-length 30 must be a multiple of 4 with --tp 4 --sequence-parallel; "
     "try --sequence-length 32": lambda: together(
         None, {"tp": 4, "sequence_parallel": True}, sequence_length=30
     ),

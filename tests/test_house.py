@@ -35,11 +35,12 @@ LAYERS = (
     "optim precision checkpoint corpus data lab processes",
     "zero_rows",
     "mesh sharding model log",
+    "router",
     "comm",
     "heartbeat notes",
     "alone buffers baton",
     "analysis",
-    "schedules cases",
+    "schedules cases checks",
     "config ledger dropout kernels __init__",
 )
 BUILDS_ON = ("sequence_parallel", "tensor_parallel")  # the one technique that extends another

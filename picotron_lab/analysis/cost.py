@@ -12,13 +12,13 @@ from picotron_lab.config import ModelConfig
 
 
 def matmul_parameters(cfg: ModelConfig) -> int:
-    """Weights that one token is multiplied with: of experts, those it is sent to."""
+    """Weights that one token is multiplied with: of experts, those it goes through."""
     width = cfg.heads * cfg.head_width
     kv_width = cfg.kv_heads * cfg.head_width
     attention = cfg.hidden_size * (2 * width + 2 * kv_width)
     mlp = 3 * cfg.hidden_size * cfg.ffn_size
     if cfg.experts:
-        mlp = cfg.top_k * mlp + cfg.hidden_size * cfg.experts
+        mlp = (cfg.top_k + cfg.shared_experts) * mlp + cfg.hidden_size * cfg.experts
     return cfg.layers * (attention + mlp) + cfg.vocab_size * cfg.hidden_size
 
 

@@ -1,0 +1,191 @@
+"""Router: which experts a token goes to, with what weight, and what keeps the experts busy alike.
+
+Paper   softmax, top-k: Shazeer et al. 2017 (1701.06538), Mixtral (2401.04088), section 2.1.
+        Sigmoid, bias, nodes, balance per sequence: DeepSeek-V3 (2412.19437), section 2.1.2.
+        Capacity: GShard (2006.16668), algorithm 1; Switch (2101.03961), section 2.2. z: ST-MoE
+        (2202.08906), equation 5
+Idea    score     s = softmax or sigmoid of (x W^T), in float32 at least, for every expert
+        choose    the k experts with the largest s + b; of equal ones the first. With groups: only
+                  from the M groups whose k/M best experts add up to most
+        gate      s of the chosen ones, divided by their sum: b decides who, never how much
+        Left alone, few experts win, learn most, and win more. Against that:
+        balance   loss + balance_loss * mean over sequences of sum_e f_e P_e. f_e: how often e was
+                  chosen in the sequence, 1 if all are chosen alike; P_e: mean of its s / sum of s
+        bias      after a step, b_e rises by balance_speed if e had fewer tokens than the mean of
+                  the global batch, falls if it had more: no gradient, no loss
+        z         loss + z_loss * mean over tokens of (log sum exp of the logits)^2: they stay small
+        capacity  each sequence may send ceil(factor T k / E) tokens to an expert; later ones are
+                  dropped there: first come, first served, and no token sees a later one
+        All of it is a function of whole sequences, or of the global batch: no mesh changes it.
+Dims    B micro-batch  T sequence  D width  E experts  N = B*T tokens  k experts of a token
+        G groups of experts  L layers
+Read    Router.forward -> choose -> drop -> Router.penalty -> Attach -> settle
+Tests   tests/test_router.py
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from picotron_lab.config import ModelConfig
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32 at least: sums over many elements need it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Router(nn.Module):
+    """x [B, T, D] -> (experts [N, k] as integers, gates [N, k]); a dropped choice is expert E.
+
+    A mesh changes three things, and no other: `scale` is what backward multiplies the summed loss
+    by, the penalties too; `share` is the part of the penalties that this rank answers for;
+    `over_sequence` adds up counts over the ranks that have parts of a sequence.
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.weight = nn.Parameter(torch.empty(cfg.experts, cfg.hidden_size))
+        self.register_buffer("bias", torch.zeros(cfg.experts, dtype=torch.float64))
+        self.scale, self.share, self.over_sequence = 1.0, 1.0, no_change
+        self.forget()
+
+    def forget(self) -> None:
+        """Start to count anew: choices of each expert, choices dropped, sum of the balance loss."""
+        self.counts_E, self.dropped, self.balance = 0, 0, 0.0
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        cfg = self.cfg
+        logits_BTE = F.linear(wide(x_BTD), wide(self.weight))
+        score_BTE = logits_BTE.softmax(-1) if cfg.router == "softmax" else logits_BTE.sigmoid()
+        expert_BTk = choose(score_BTE.detach() + self.bias, cfg)
+        chosen_BTk = score_BTE.gather(-1, expert_BTk)
+        gate_BTk = chosen_BTk / chosen_BTk.sum(-1, keepdim=True)
+        kept_BTk = keep(expert_BTk, cfg)
+        penalty, seen = self.penalty(logits_BTE, score_BTE, expert_BTk)
+        seen["dropped"] = (~kept_BTk).sum()
+        gate_BTk = Attach.apply(gate_BTk * kept_BTk, penalty, self, seen)
+        expert_BTk = expert_BTk.masked_fill(~kept_BTk, cfg.experts)
+        return expert_BTk.flatten(0, 1), gate_BTk.flatten(0, 1).to(x_BTD.dtype)
+
+    def penalty(self, logits_BTE: Tensor, score_BTE: Tensor, expert_BTk: Tensor) -> tuple:
+        """(scalar to add to the sum of token losses, what was counted on the way).
+
+        Summed over positions, as losses are, f_e P_e of a sequence counts T times.
+        """
+        counts_BE = count(expert_BTk, self.cfg.experts)
+        whole_BE = self.over_sequence(counts_BE).to(score_BTE.dtype)
+        often_BE = whole_BE / whole_BE.mean(-1, keepdim=True)
+        share_BE = (score_BTE / score_BTE.sum(-1, keepdim=True)).sum(1)
+        balance = (often_BE * share_BE).sum()
+        z = logits_BTE.logsumexp(-1).square().sum()
+        penalty = self.cfg.balance_loss * balance + self.cfg.z_loss * z
+        return penalty, {"counts_E": counts_BE.sum(0), "balance": balance.detach().double()}
+
+
+def no_change(counts_BE: Tensor) -> Tensor:
+    """On one device, all of a sequence is here."""
+    return counts_BE
+
+
+def count(expert_BTk: Tensor, experts: int) -> Tensor:
+    """How often each sequence chose each expert: int64 [B, E]."""
+    chosen = expert_BTk.flatten(1)
+    counts_BE = chosen.new_zeros(len(chosen), experts)
+    return counts_BE.scatter_add(1, chosen, torch.ones_like(chosen))
+
+
+def choose(score_BTE: Tensor, cfg: ModelConfig) -> Tensor:
+    """[B, T, E] -> the experts with the largest scores [B, T, k], best first, of equal ones the
+    first; from cfg.top_groups of the cfg.expert_groups neighbouring groups of experts."""
+    if cfg.top_groups < cfg.expert_groups:
+        score_BTGe = score_BTE.unflatten(-1, (cfg.expert_groups, -1))
+        few = max(1, cfg.top_k // cfg.top_groups)
+        group_BTG = score_BTGe.sort(-1, descending=True).values[..., :few].sum(-1)
+        open_BTG = torch.zeros_like(group_BTG, dtype=torch.bool)
+        open_BTG = open_BTG.scatter(-1, largest(group_BTG, cfg.top_groups), True)
+        score_BTE = score_BTGe.masked_fill(~open_BTG[..., None], -math.inf).flatten(-2)
+    return largest(score_BTE, cfg.top_k)
+
+
+def largest(score_BTE: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest along the last dim. torch.topk may return any of equal ones,
+    and meshes must agree."""
+    return score_BTE.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def keep(expert_BTk: Tensor, cfg: ModelConfig) -> Tensor:
+    """[B, T, k] -> which choices the capacity leaves, in the order of the sequence; 0: all."""
+    if cfg.capacity_factor == 0:
+        return torch.ones_like(expert_BTk, dtype=torch.bool)
+    T, k = expert_BTk.shape[1:]
+    capacity = math.ceil(cfg.capacity_factor * T * k / cfg.experts)
+    chosen = F.one_hot(expert_BTk.flatten(1), cfg.experts)  # [B, T*k, E]
+    place = (chosen.cumsum(1) * chosen).sum(-1)  # 1 for the first choice of an expert
+    return place.view_as(expert_BTk) <= capacity
+
+
+class Attach(torch.autograd.Function):
+    """Gates, unchanged; backward also starts one at the penalty, and counts what was seen.
+
+    So the penalty needs no way through the layers above, and what recomputation runs twice counts
+    once: backward passes here exactly once per micro-batch.
+    """
+
+    @staticmethod
+    def forward(ctx, gate_BTk: Tensor, penalty: Tensor, router: Router, seen: dict) -> Tensor:
+        ctx.router, ctx.seen, ctx.like = router, seen, penalty.new_ones(())
+        return gate_BTk.view_as(gate_BTk)
+
+    @staticmethod
+    def backward(ctx, grad_BTk: Tensor) -> tuple[Tensor | None, ...]:
+        router = ctx.router
+        router.counts_E = router.counts_E + ctx.seen["counts_E"]
+        router.dropped = router.dropped + ctx.seen["dropped"]
+        router.balance = router.balance + ctx.seen["balance"]
+        return grad_BTk, ctx.like * (router.scale * router.share), None, None
+
+
+# ---- once per step
+
+
+def routers(model: nn.Module) -> list[Router]:
+    """All routers of a model, in the order of its layers."""
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def begin_step(model: nn.Module, scale: float) -> None:
+    """Before the forwards of a step whose summed losses are multiplied by `scale`."""
+    for router in routers(model):
+        router.scale = scale
+        router.forget()
+
+
+def settle(model: nn.Module, axis: Any, tokens: int) -> dict[str, float]:
+    """After the backwards of a step: move every bias, and say how balanced the experts were.
+
+    axis    over which counts are summed: ranks with other tokens (an Axis, all_reduce of L (E + 2))
+    tokens  counted in the global batch, by which the sum of the balance loss is divided
+    Returns {} without experts; else balance_loss (mean over layers; 1 is perfect), busiest_expert
+    (tokens of the busiest expert of any layer / mean), dropped_tokens (of k choices each, all
+    layers).
+    """
+    layers = [r for r in routers(model) if isinstance(r.counts_E, Tensor)]
+    if not layers:
+        return {}
+    rows = [torch.cat([r.counts_E.double(), r.dropped.double()[None], r.balance[None]])
+            for r in layers]  # fmt: skip
+    seen = axis.all_reduce(torch.stack(rows))
+    counts_LE, dropped, balance = seen[:, :-2], seen[:, -2], seen[:, -1]
+    mean = counts_LE.mean(-1, keepdim=True)
+    for router, move_E in zip(layers, (mean - counts_LE).sign(), strict=True):
+        router.bias += router.cfg.balance_speed * move_E
+    return {
+        "balance_loss": float(balance.mean()) / tokens,
+        "busiest_expert": float((counts_LE.amax(-1) / mean[:, 0]).max()),
+        "dropped_tokens": int(dropped.sum()),
+    }
