@@ -4,6 +4,7 @@ python run.py                                train a tiny model on this Python's
 python run.py --ranks 4                      the same with 4 data-parallel ranks as threads
 torchrun --nproc-per-node 4 run.py --dp 4    the same with 4 processes, one per GPU if any
 torchrun --nproc-per-node 4 run.py --tp 2 --sequence-parallel --zero 1
+torchrun --nproc-per-node 4 run.py --cp 4 --model moe-small --ep 4
 python run.py verify                         every technique beside one device
 """
 
@@ -50,6 +51,14 @@ MODEL_OPTIONS = {
     "--ffn-size": (int, "width inside the MLP"),
     "--experts": (int, "experts per layer, 0 for a dense model"),
     "--top-k": (int, "experts that each token is sent to"),
+    "--router": (str, "scores of experts: softmax or sigmoid"),
+    "--shared-experts": (int, "experts that every token goes through, beside its top-k"),
+    "--expert-groups": (int, "groups of neighbouring experts, such as those of one node"),
+    "--top-groups": (int, "groups that the experts of one token may lie in"),
+    "--capacity-factor": (float, "an expert takes this times its fair share of a sequence, 0: all"),
+    "--balance-loss": (float, "weight of the loss that is least when experts are chosen alike"),
+    "--balance-speed": (float, "by which an expert's bias moves per step towards a fair share"),
+    "--z-loss": (float, "weight of the loss that keeps the router's logits small"),
 }
 TRAIN_OPTIONS = {
     "--global-batch-size": (int, "sequences per optimizer step, over all ranks"),
@@ -109,7 +118,7 @@ def train_parser() -> Parser:
     model.add_argument("--config", metavar="FILE.json", help="a model of your own")
     model.add_argument("--tied", action="store_true", help="output layer shares the embedding")
     for option, (kind, text) in MODEL_OPTIONS.items():
-        model.add_argument(option, type=kind, help=text, metavar="N")
+        model.add_argument(option, type=kind, help=text, metavar=kind.__name__.upper())
     add_mesh_options(parser)
     training = parser.add_argument_group("training")
     defaults = TrainConfig()
@@ -141,6 +150,16 @@ def add_mesh_options(parser: Parser) -> None:
         "--vocab-parallel", metavar="STR",
         help="output layer over tp: naive, 1 or 2 (the paper's algorithms), or none, which gathers "
         "all logits (default: naive for plain, 2 for fused)",
+    )
+    mesh.add_argument("--cp", type=int, metavar="N", help="context-parallel ranks (default: 1)")
+    mesh.add_argument(
+        "--cp-kind", metavar="STR",
+        help="attention over cp: ring, zigzag, all-gather or ulysses (default: ring for plain, "
+        "zigzag for fused)",
+    )
+    mesh.add_argument(
+        "--ep", type=int, metavar="N",
+        help="share the experts out among N of the dp x cp ranks (default: 1)",
     )
     mesh.add_argument("--ranks", type=int, metavar="N", help="N ranks as threads of this process")
 
@@ -209,7 +228,8 @@ def choose_ranks(given: dict) -> tuple[int, MeshConfig]:
     """How many ranks there are, and their mesh."""
     config.check_ranks(given.get("ranks"), launched="RANK" in os.environ)
     ranks = given.get("ranks") or int(os.environ.get("WORLD_SIZE", "1"))
-    dp = given.get("dp", max(1, ranks // max(1, given.get("tp", 1))))
+    others = max(1, given.get("tp", 1)) * max(1, given.get("cp", 1))
+    dp = given.get("dp", max(1, ranks // others))
     mesh_cfg = choose(MeshConfig, given, MeshConfig(dp=dp))
     mesh_cfg.check_world(ranks)
     return ranks, mesh_cfg

@@ -5,17 +5,22 @@ Idea    The plain model is made on the meta device, without memory. Each techniq
         Only then are weights drawn: each full parameter from its own stream, of which this rank
         keeps its slice. So no rank ever holds more than its part and one full parameter, and all
         meshes start alike.
-Order   inside layers: fused parts, then tensor, vocabulary and sequence parallelism over tp. All
-        parameters: replicas over dp x cp. Around layers: ZeRO-3, which gathers a layer's weights,
-        and outermost recomputation, which runs all of it again
-Read    build_model -> split_layers; what a record says: sharding.py
+Order   inside layers: fused parts; tensor, vocabulary and sequence parallelism over tp; attention
+        over cp; experts over ep. All parameters: replicas over dp x cp, experts over those of them
+        with the same experts. Around layers: ZeRO-3, which gathers a layer's weights, and outermost
+        recomputation, which runs all of it again
+Read    build_model -> split_layers -> replicate -> synchroniser; what a record says: sharding.py
 Tests   tests/test_build.py
 """
 
 import torch
+from torch import Tensor, nn
 
 from picotron_lab import (
+    context_parallel,
     data_parallel,
+    expert_parallel,
+    grouped_experts,
     precision,
     recompute,
     sequence_parallel,
@@ -24,6 +29,7 @@ from picotron_lab import (
     vocab_parallel,
     zero,
 )  # fmt: skip
+from picotron_lab.comm import Axis
 from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig
 from picotron_lab.fused import fuse
 from picotron_lab.mesh import Mesh
@@ -41,12 +47,17 @@ def build_model(
         fuse(model)
     if mesh.tp.size > 1:
         split_layers(model, mesh_cfg, cfg, mesh)
-    data_parallel.parallelize(model, mesh.replica)
+    if mesh.cp.size > 1:
+        context_parallel.parallelize(model, mesh.cp, cfg.impl, mesh_cfg.context(cfg.impl))
+    if model_cfg.experts and (mesh.ep.size > 1 or cfg.impl == "fused"):
+        expert_parallel.parallelize(model, mesh.ep, cfg.impl)
+    replicate(model, mesh)
     if mesh_cfg.zero == 3:
-        zero.shard_model(model, mesh.replica, cfg.impl)
+        zero.shard_model(model, mesh.replica, cfg.impl, mesh.expert_replica)
     recompute.apply(model, cfg.recompute, cfg.impl)
     dtype = precision.DTYPES[cfg.dtype]
     sharding.materialise(model, cfg.seed, initial_value, device, dtype)
+    grouped_experts.pack(model)
     return model
 
 
@@ -60,3 +71,36 @@ def split_layers(model: Llama, mesh_cfg: MeshConfig, cfg: TrainConfig, mesh: Mes
         vocab_parallel.parallelize(model, mesh.tp, cfg.impl, algorithm)
     if mesh_cfg.sequence_parallel:
         sequence_parallel.parallelize(model, mesh.tp, cfg.impl)
+
+
+def replicate(model: nn.Module, mesh: Mesh) -> None:
+    """Ranks of dp x cp hold the same parameters and see other tokens; of experts, fewer of them."""
+    experts = set(expert_parallel.expert_parameters(model))
+    for parameter in model.parameters():
+        axis = mesh.expert_replica if parameter in experts else mesh.replica
+        sharding.add_axis(parameter, axis, partial=True)
+
+
+def synchroniser(
+    model: nn.Module, mesh_cfg: MeshConfig, cfg: TrainConfig, mesh: Mesh
+) -> data_parallel.Synchroniser:
+    """Who sums the gradients of a real model, over each of its axes of replicas."""
+    dtype = precision.DTYPES[cfg.reduce_dtype] if cfg.reduce_dtype else None
+    size, stage = cfg.bucket_mib * data_parallel.MIB, mesh_cfg.zero
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if stage == 3:  # its units know their axes
+        return zero.make(3, parameters, mesh.replica, cfg.impl, size, dtype)
+
+    def make(group: list[nn.Parameter], axis: Axis) -> data_parallel.Synchroniser:
+        if stage > 0:
+            return zero.make(stage, group, axis, cfg.impl, size, dtype)
+        return data_parallel.synchroniser(cfg.sync_step, group, axis, size, dtype)
+
+    return data_parallel.over_axes(parameters, (mesh.replica, mesh.expert_replica), make)
+
+
+def positions(mesh_cfg: MeshConfig, cfg: TrainConfig, mesh: Mesh) -> Tensor:
+    """Which positions of every sequence this rank's tokens have: int64, T/cp of them."""
+    if mesh.cp.size == 1:
+        return torch.arange(cfg.sequence_length)
+    return context_parallel.positions(mesh_cfg.context(cfg.impl), cfg.sequence_length, mesh.cp)

@@ -24,11 +24,17 @@ class Case:
 DENSE = ModelConfig(vocab_size=320, hidden_size=32, layers=2, heads=4, kv_heads=2, ffn_size=72)
 EXPERTS = dataclasses.replace(DENSE, experts=3, top_k=2)
 TIED = dataclasses.replace(DENSE, tied=True)
+BALANCED = dataclasses.replace(
+    EXPERTS, experts=8, router="sigmoid", shared_experts=1, expert_groups=4, top_groups=2,
+    balance_loss=0.1, balance_speed=0.01, z_loss=0.01,
+)  # fmt: skip
+DROPPING = dataclasses.replace(EXPERTS, capacity_factor=0.8)
 
 
 def cases() -> list[Case]:
     """The rows that are always shown: every technique, plain and fused, and a few products."""
-    return [*_one_device(), *_data_parallel(), *_zero(), *_tensor_parallel(), *_products()]
+    one_axis = [*_one_device(), *_data_parallel(), *_zero(), *_tensor_parallel()]
+    return [*one_axis, *_context_parallel(), *_expert_parallel(), *_products()]
 
 
 def _one_device() -> list[Case]:
@@ -109,6 +115,42 @@ def _tensor_parallel() -> list[Case]:
     ]  # fmt: skip
 
 
+def _context_parallel() -> list[Case]:
+    kinds = ("ring", "zigzag", "all-gather", "ulysses")
+    alone = [
+        Case(f"cp{n}, {kind}, {impl}", MeshConfig(cp=n, cp_kind=kind), DENSE,
+             {"micro_batch_size": 4, "impl": impl})
+        for kind in kinds
+        for impl, n in (("plain", 2), ("fused", 4))
+    ]  # fmt: skip
+    long = {"sequence_length": 24, "micro_batch_size": 2, "impl": "fused"}
+    bf16 = {"dtype": "bfloat16", "impl": "fused"}
+    return [
+        *alone,
+        Case("cp3, ring, fused", MeshConfig(cp=3, cp_kind="ring"), DENSE, {**long, "dropout": 0.3}),
+        Case("cp3, zigzag, fused, experts", MeshConfig(cp=3), BALANCED, long),
+        Case("cp8, zigzag, fused", MeshConfig(cp=8), DENSE, {"impl": "fused", "dtype": "float32"}),
+        Case("cp2, ring, plain, bfloat16", MeshConfig(cp=2), DENSE, {"dtype": "bfloat16"}),
+        Case("cp4, zigzag, fused, bfloat16", MeshConfig(cp=4), DENSE, bf16),
+    ]
+
+
+def _expert_parallel() -> list[Case]:
+    one, two = {"micro_batch_size": 1}, {"micro_batch_size": 2}
+    fused = {"impl": "fused"}
+    return [
+        Case("router: sigmoid, groups, shared, balance", MeshConfig(), BALANCED, two),
+        Case("ep2 of dp2, plain", MeshConfig(dp=2, ep=2), EXPERTS, two),
+        Case("ep3 of dp3, fused", MeshConfig(dp=3, ep=3), EXPERTS, {**two, **fused}),
+        Case("ep4 of dp4, plain, balance", MeshConfig(dp=4, ep=4), BALANCED, one),
+        Case("ep2 of dp4, fused, balance", MeshConfig(dp=4, ep=2), BALANCED, {**one, **fused}),
+        Case("ep2 of dp2, plain, dropping", MeshConfig(dp=2, ep=2), DROPPING, two),
+        Case("ep2 of dp2, fused, dropping", MeshConfig(dp=2, ep=2), DROPPING, {**two, **fused}),
+        Case("ep2 of dp2, fused, balance", MeshConfig(dp=2, ep=2), BALANCED,
+             {**two, **fused, "dtype": "float32"}),
+    ]  # fmt: skip
+
+
 def _products() -> list[Case]:
     both = {"micro_batch_size": 2, "impl": "fused", "dropout": 0.3}
     meshes = [MeshConfig(dp=2, tp=2, zero=stage, sequence_parallel=stage > 1) for stage in range(4)]
@@ -122,10 +164,17 @@ def _products() -> list[Case]:
     ]  # fmt: skip
 
 
-def sample(count: int, seed: int = 26) -> list[Case]:
+SHAPES = (  # (dp, cp, tp): at most 8 ranks
+    (3, 1, 1), (4, 1, 1), (1, 1, 2), (2, 1, 2), (3, 1, 2), (4, 1, 2), (2, 1, 3), (2, 1, 4),
+    (1, 1, 8), (1, 2, 1), (1, 3, 1), (1, 4, 1), (1, 8, 1), (2, 2, 1), (3, 2, 1), (2, 4, 1),
+    (1, 2, 2), (2, 2, 2), (1, 4, 2), (1, 2, 4), (2, 3, 1), (1, 3, 2),
+)  # fmt: skip
+
+
+def sample(count: int, seed: int = 144) -> list[Case]:
     """Random products of everything, always the same ones: rows 1 to `count` of --all.
 
-    With this seed the first dozen, which the tests run, hold every stage and algorithm.
+    With this seed the first dozen, which the tests run, hold every stage, kind and algorithm.
     """
     dice = random.Random(seed)
     return [_draw(dice) for _ in range(count)]
@@ -133,35 +182,57 @@ def sample(count: int, seed: int = 26) -> list[Case]:
 
 def _draw(dice: random.Random) -> Case:
     """Sizes are odd where they may be: nothing should divide by luck."""
-    tp, dp = dice.choice([(1, 3), (1, 4), (2, 1), (2, 2), (2, 3), (2, 4), (3, 1), (3, 2), (4, 2),
-                          (4, 1), (8, 1)])  # fmt: skip
-    heads = {3: 6, 8: 8}.get(tp, 4)
-    shared = [n for n in range(1, heads + 1) if heads % n == 0 and (n % tp == 0 or tp % n == 0)]
-    experts, tied = dice.choice([0, 0, 0, 3]), dice.random() < 0.3
-    model = ModelConfig(
-        vocab_size=323, hidden_size=48, layers=2, heads=heads, kv_heads=dice.choice(shared),
-        ffn_size=50, experts=experts, tied=tied,
-    )  # fmt: skip
+    dp, cp, tp = dice.choice(SHAPES)
+    model = _draw_model(dice, cp, tp)
+    sp = tp > 1 and dice.random() < 0.6
+    splits = ["naive", "1", "2"] + ["none"] * (not model.tied)
+    sizes = [n for n in range(1, model.experts + 1) if dp * cp % n == 0]
     mesh = MeshConfig(
-        dp=dp, tp=tp, zero=dice.choice([0, 1, 2, 3]) if dp > 1 else 0,
-        sequence_parallel=tp > 1 and dice.random() < 0.6,
-        vocab_parallel=dice.choice(["naive", "1", "2"] + ["none"] * (not tied)) if tp > 1 else "",
+        dp=dp, cp=cp, tp=tp, zero=dice.choice([0, 1, 2, 3]) if dp * cp > 1 else 0,
+        ep=dice.choice(sizes or [1]), sequence_parallel=sp,
+        cp_kind=dice.choice(_kinds(model, cp, tp)) if cp > 1 else "",
+        vocab_parallel=dice.choice(splits) if tp > 1 else "",
     )  # fmt: skip
     changes = {
         "impl": dice.choice(["plain", "fused"]), "dropout": dice.choice([0.0, 0.2]),
         "micro_batch_size": dice.choice([n for n in (2, 3, 4, 6, 12) if 12 % (n * dp) == 0]),
         "recompute": dice.choice(["none", "selective", "full"]), "bucket_mib": 0.02,
-        "sequence_length": 24 if tp == 3 else 16,
+        "sequence_length": 24 if 3 in (tp, cp) else 16,
         "dtype": dice.choice(["float64", "float64", "float32"]),
     }  # fmt: skip
     what = [f"kv {model.kv_heads}", changes["impl"]]
-    what += ["experts"] * bool(experts) + ["tied"] * tied + ["dropout"] * (changes["dropout"] > 0)
+    what += [f"{model.experts} experts"] * (model.experts > 0) + ["tied"] * model.tied
+    what += ["dropout"] * (changes["dropout"] > 0)
     return Case(f"{describe(mesh, changes['recompute'])}, {', '.join(what)}", mesh, model, changes)
+
+
+def _draw_model(dice: random.Random, cp: int, tp: int) -> ModelConfig:
+    heads = {3: 6, 8: 8}.get(tp, 4)
+    shared = [n for n in range(1, heads + 1) if heads % n == 0 and (n % tp == 0 or tp % n == 0)]
+    model = ModelConfig(
+        vocab_size=323, hidden_size=48, layers=2, heads=heads, kv_heads=dice.choice(shared),
+        ffn_size=50, experts=dice.choice([0, 0, 3, 5]), tied=dice.random() < 0.3,
+    )  # fmt: skip
+    if not model.experts:
+        return model
+    return dataclasses.replace(
+        model, router=dice.choice(["softmax", "sigmoid"]), shared_experts=dice.choice([0, 1]),
+        balance_loss=dice.choice([0.0, 0.1]), balance_speed=0.01, z_loss=0.01,
+        capacity_factor=dice.choice([0.0, 0.9]) if cp == 1 else 0.0,
+    )  # fmt: skip
+
+
+def _kinds(model: ModelConfig, cp: int, tp: int) -> list[str]:
+    """Ways to cross the parts of a sequence that these heads allow."""
+    heads, kv_heads = model.heads // tp, max(1, model.kv_heads // tp)
+    heads_suffice = heads % cp == 0 and (kv_heads % cp == 0 or cp % kv_heads == 0)
+    return ["ring", "zigzag", "all-gather"] + ["ulysses"] * heads_suffice
 
 
 def describe(mesh: MeshConfig, recompute: str) -> str:
     """A mesh in a few words: 'dp2 zero3 tp2 sp vocab-2 recompute-full'."""
-    words = [f"dp{mesh.dp}"] * (mesh.dp > 1) + [f"zero{mesh.zero}"] * (mesh.zero > 0)
+    words = [f"dp{mesh.dp}"] * (mesh.dp > 1) + [f"cp{mesh.cp} {mesh.cp_kind}"] * (mesh.cp > 1)
+    words += [f"ep{mesh.ep}"] * (mesh.ep > 1) + [f"zero{mesh.zero}"] * (mesh.zero > 0)
     words += [f"tp{mesh.tp}"] * (mesh.tp > 1) + ["sp"] * mesh.sequence_parallel
     words += [f"vocab-{mesh.vocab_parallel}"] * bool(mesh.vocab_parallel)
     words += [f"recompute-{recompute}"] * (recompute != "none")

@@ -76,12 +76,11 @@ def _check_context_parallel(model: ModelConfig, mesh: MeshConfig, cfg: TrainConf
         f"which --cp {mesh.cp} cuts; leave one of them out.",
     )
     if mesh.context(cfg.impl) == "ulysses":
-        divisors = [n for n in range(1, heads + 1) if heads % n == 0 and _shares(kv_heads, n)]
         require(
-            mesh.cp in divisors,
+            heads % mesh.cp == 0 and _shares(kv_heads, mesh.cp),
             f"--cp {mesh.cp} with --cp-kind ulysses must divide the {heads} attention heads of a "
             f"tensor-parallel rank, and divide its {kv_heads} key/value heads or be a multiple of "
-            f"their number; try --cp {divisors[-1]} or --cp-kind zigzag.",
+            "their number; try --cp-kind zigzag.",
         )
 
 
@@ -96,6 +95,22 @@ def _check_expert_parallel(model: ModelConfig, mesh: MeshConfig) -> None:
         f"--ep {mesh.ep} is more than there are experts; try --ep {model.experts} or --experts "
         f"{mesh.ep}.",
     )
+    sizes = [n for n in range(1, mesh.ep + 1) if mesh.dp * mesh.cp % n == 0]
+    works = max(n for n in sizes if _end_together(model, n))  # 1 always does
+    require(
+        model.top_groups == model.expert_groups or mesh.ep == works,
+        f"--top-groups {model.top_groups} limits the ranks that a token reaches, so each of "
+        f"--expert-groups {model.expert_groups} needs whole ranks, or each rank whole groups, "
+        f"which --ep {mesh.ep} with --experts {model.experts} does not give; try --ep {works}.",
+    )
+
+
+def _end_together(model: ModelConfig, ep: int) -> bool:
+    """Each group of experts is on whole ranks, or each rank has whole groups."""
+    E, G = model.experts, model.expert_groups
+    ranks = {(rank + 1) * E // ep for rank in range(ep)}  # where sharding.share_out ends them
+    groups = {(group + 1) * E // G for group in range(G)}
+    return groups <= ranks or ranks <= groups
 
 
 def _shares(kv_heads: int, tp: int) -> bool:

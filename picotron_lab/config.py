@@ -55,6 +55,10 @@ MODEL_RANGES = {
     "expert_groups": (1, 2**14, 1), "top_groups": (1, 2**14, 1), "capacity_factor": (0, 1e6, 1.25),
     "balance_loss": (0, 1e6, 0.001), "balance_speed": (0, 1e3, 0.001), "z_loss": (0, 1e6, 0.001),
 }  # fmt: skip
+ROUTING = (
+    "top_k", "router", "shared_experts", "expert_groups", "top_groups", "capacity_factor",
+    "balance_loss", "balance_speed", "z_loss",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,18 +109,33 @@ class ModelConfig:
             self.experts == 0 or 1 <= self.top_k <= self.experts,
             f"--top-k {self.top_k} must be between 1 and --experts {self.experts}; try --top-k 1.",
         )
-        if self.experts:
-            self._check_routing()
-
-    def _check_routing(self) -> None:
-        E, G, M = self.experts, self.expert_groups, self.top_groups
         require(
             self.router in ROUTERS, f"--router {self.router} is not one of {', '.join(ROUTERS)}."
         )
+        if self.experts:
+            self._check_routing()
+        else:
+            self._check_no_routing()
+
+    def _check_no_routing(self) -> None:
+        for field in ROUTING:
+            value = getattr(self, field)
+            require(
+                value == getattr(ModelConfig, field),  # the default
+                f"{_option(field)} {value} is about experts, and the model has none; "
+                f"add --experts 8, or leave it out.",
+            )
+
+    def _check_routing(self) -> None:
+        E, G, M = self.experts, self.expert_groups, self.top_groups
+        divisor = max(n for n in range(1, G + 1) if E % n == 0)
         require(
-            E % G == 0 and M <= G,
-            f"--expert-groups {G} must divide --experts {E}, and --top-groups {M} cannot be more; "
-            f"try --expert-groups 1 --top-groups 1.",
+            E % G == 0,
+            f"--expert-groups {G} must divide --experts {E}; try --expert-groups {divisor}.",
+        )
+        require(
+            M <= G,
+            f"--top-groups {M} cannot be more than --expert-groups {G}; try --top-groups {G}.",
         )
         require(
             self.top_k <= M * (E // G),

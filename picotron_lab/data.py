@@ -2,7 +2,8 @@
 
 Idea    Which sequences form global batch `step` is a pure function of (seed, step). Ranks and
         micro-batches only take rows out of that batch, so every mesh, every micro-batch size and
-        every restart trains on the same sequences in the same order.
+        every restart trains on the same sequences in the same order. Ranks that share a sequence
+        take columns: tokens, and the labels after them, are dealt in the order that a rank wants.
 Dims    B sequences of a micro-batch, T sequence length
 Read    split -> TokenWindows -> BatchOrder -> Batches
 """
@@ -56,13 +57,19 @@ class TokenWindows:
     def __len__(self) -> int:
         return -(-(len(self.tokens) - 1) // self.sequence_length)
 
-    def take(self, windows: np.ndarray, first_row: int, count: int) -> MicroBatch:
-        """Return rows first_row .. first_row + count - 1 of the batch made of `windows`, 1-D."""
+    def take(
+        self, windows: np.ndarray, first_row: int, count: int, columns: np.ndarray | None = None
+    ) -> MicroBatch:
+        """Return rows first_row .. first_row + count - 1 of the batch made of `windows`, 1-D.
+
+        columns  positions in the sequence to deal, in this order (None: all)
+        """
         assert 0 <= first_row < first_row + count <= len(windows), (
             f"{count} rows from {first_row} on: ask for rows 0 to {len(windows) - 1}, at least one"
         )
         starts_B = windows[first_row : first_row + count] * self.sequence_length
-        at_BT = starts_B[:, None] + np.arange(self.sequence_length)
+        columns = np.arange(self.sequence_length) if columns is None else columns
+        at_BT = starts_B[:, None] + columns
         last = len(self.tokens) - 1
         tokens_BT = self.tokens[np.minimum(at_BT, last)].astype(np.int64)
         labels_BT = self.tokens[np.minimum(at_BT + 1, last)].astype(np.int64)
@@ -105,9 +112,12 @@ class Batches:
         self.windows = TokenWindows(tokens, sequence_length)
         self.order = BatchOrder(seed, len(self.windows), global_batch_size)
 
-    def micro_batch(self, step: int, first_row: int, count: int) -> MicroBatch:
-        """Return rows first_row .. first_row + count - 1 of global batch `step`."""
-        return self.windows.take(self.order.rows(step), first_row, count)
+    def micro_batch(
+        self, step: int, first_row: int, count: int, columns: np.ndarray | None = None
+    ) -> MicroBatch:
+        """Return rows first_row .. first_row + count - 1 of global batch `step`, or `columns` of
+        them."""
+        return self.windows.take(self.order.rows(step), first_row, count, columns)
 
 
 class Evaluation:
@@ -119,7 +129,9 @@ class Evaluation:
     def __len__(self) -> int:
         return -(-len(self.windows) // self.batch_size)
 
-    def micro_batch(self, index: int, first_row: int, count: int) -> MicroBatch:
-        """Return rows first_row .. first_row + count - 1 of batch `index`."""
+    def micro_batch(
+        self, index: int, first_row: int, count: int, columns: np.ndarray | None = None
+    ) -> MicroBatch:
+        """Return rows first_row .. first_row + count - 1 of batch `index`, or `columns` of them."""
         windows = index * self.batch_size + np.arange(self.batch_size)
-        return self.windows.take(windows, first_row, count)
+        return self.windows.take(windows, first_row, count, columns)

@@ -14,13 +14,13 @@ After   n ranks compute G/n sequences each and all hold the same gradient
 Wire    per optimizer step, Ψ trainable parameters of 4 bytes, m micro-batches: naive, silent
         all_reduce(4Ψ); overlapped, bucketed m all_reduce(4Ψ). Calls: naive #parameters, silent
         #buckets, the others m times
-Axes    dp: replicas of the model
+Axes    dp: replicas of the model; of experts only expert_replica, ranks that hold the same ones
 Dims    none: gradients are flat here
-Read    Naive -> Overlapped -> Bucketed -> Silent -> contract
+Read    Naive -> Overlapped -> Bucketed -> Silent -> synchroniser -> over_axes -> contract
 Try     python -m picotron_lab.data_parallel    Tests   tests/test_data_parallel.py
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -48,6 +48,11 @@ class Synchroniser(Protocol):
     """
 
     shards: Sequence[nn.Parameter]
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Flat memory that stays between steps, beside the gradients."""
+        return []
 
     def begin_step(self) -> None:
         """Gradients are zero."""
@@ -234,7 +239,55 @@ class Silent(Bucketed):
             bucket.receive()
 
 
-# ---- 4. contract
+class Several(Synchroniser):
+    """Synchronisers of several axes as one: a call goes to all of them, in one order everywhere."""
+
+    def __init__(self, parts: Sequence[Synchroniser]):
+        self.parts = list(parts)
+        self.shards = [shard for part in parts for shard in part.shards]
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        return [buffer for part in self.parts for buffer in part.buffers]
+
+    def begin_step(self) -> None:
+        for part in self.parts:
+            part.begin_step()
+
+    def before_backward(self, last: bool) -> None:
+        for part in self.parts:
+            part.before_backward(last)
+
+    def finish(self) -> None:
+        for part in self.parts:
+            part.finish()
+
+    def publish(self) -> None:
+        for part in self.parts:
+            part.publish()
+
+
+def over_axes(
+    parameters: Sequence[nn.Parameter],
+    axes: Sequence[Axis],
+    make: Callable[[list[nn.Parameter], Axis], Synchroniser],
+) -> Synchroniser:
+    """Sum each gradient over the one of these axes that its record calls partial.
+
+    axes  in the order of the calls, the same on every rank; one may be given twice
+    make  (parameters, axis) -> their synchroniser; an axis without parameters needs none
+    """
+    groups: dict[str, list[nn.Parameter]] = {axis.name: [] for axis in axes}
+    for parameter in parameters:
+        names = [name for name in parameter.record.partial if name in groups]
+        assert len(names) == 1, (
+            f"{parameter.record.name} is partial over {parameter.record.partial}, but must be over "
+            f"exactly one of {', '.join(groups)}: call sharding.add_axis once for it."
+        )
+        groups[names[0]].append(parameter)
+    by_name = {axis.name: axis for axis in axes}
+    parts = [make(group, by_name[name]) for name, group in groups.items() if group]
+    return parts[0] if len(parts) == 1 else Several(parts)
 
 
 def synchroniser(
@@ -249,6 +302,9 @@ def synchroniser(
         return {"naive": Naive, "overlapped": Overlapped}[step](parameters, axis)
     kinds = {"bucketed": Bucketed, "silent": Silent}
     return kinds[step](parameters, axis, bucket_bytes, reduce_dtype)
+
+
+# ---- 4. contract
 
 
 def contract(step: str, parameters: int, tensors: int, buckets: int, microbatches: int) -> tuple:

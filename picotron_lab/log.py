@@ -55,6 +55,8 @@ def summary(metrics: dict[str, Any]) -> str:
     if metrics["mfu"] is not None:
         words.append(f"MFU {metrics['mfu']:.1%}")
     words.append(f"mem {metrics['peak_memory_bytes'] / MIB:,.0f} MiB")
+    if metrics.get("dropped_choices"):
+        words.append(f"dropped {metrics['dropped_choices']} choices")
     sent = sum(metrics["sent_bytes"].values())
     if sent:
         words.append(f"payload {sent / MIB:,.1f} MiB/step")

@@ -16,7 +16,8 @@ After   selective: all but scores   full: one input, e N D bytes a layer, and al
 Wire    nothing of its own; but what runs again sends again. full: as many calls as the layers'
         forward makes, in tensor parallelism 2 all_reduces a layer, with sequence parallelism 2
         all_gathers and 2 reduce_scatters; `run_partly` says when the last one is spared. ZeRO-3
-        gathers weights for backward anyway: no more. selective: nothing
+        gathers weights for backward anyway: no more. Context parallelism sends all of its forward
+        again: fused, on 2 ranks, 5 exchanges a layer instead of 4. selective: nothing
 Axes    none: every rank runs its own part again
 Dims    B micro-batch  T sequence  D width  H/K query/kv heads  C head width  F feed-forward width
         N = B*T tokens

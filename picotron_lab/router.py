@@ -7,7 +7,8 @@ Paper   softmax, top-k: Shazeer et al. 2017 (1701.06538), Mixtral (2401.04088), 
 Idea    score     s = softmax or sigmoid of (x W^T), in float32 at least, for every expert
         choose    the k experts with the largest s + b; of equal ones the first. With groups: only
                   from the M groups whose k/M best experts add up to most
-        gate      s of the chosen ones, divided by their sum: b decides who, never how much
+        gate      s of the chosen ones, divided by their sum: b decides who, never how much. With
+                  k = 1 s itself (Switch, equation 2): divided it is 1, and teaches W nothing
         Left alone, few experts win, learn most, and win more. Against that:
         balance   loss + balance_loss * mean over sequences of sum_e f_e P_e. f_e: how often e was
                   chosen in the sequence, 1 if all are chosen alike; P_e: mean of its s / sum of s
@@ -15,11 +16,18 @@ Idea    score     s = softmax or sigmoid of (x W^T), in float32 at least, for ev
                   the global batch, falls if it had more: no gradient, no loss
         z         loss + z_loss * mean over tokens of (log sum exp of the logits)^2: they stay small
         capacity  each sequence may send ceil(factor T k / E) tokens to an expert; later ones are
-                  dropped there: first come, first served, and no token sees a later one
-        All of it is a function of whole sequences, or of the global batch: no mesh changes it.
+                  dropped there: first come, first served, and no token sees a later one. (GShard
+                  serves every first choice before any second one, so that a later token may take
+                  the place of an earlier one.) The other gates stay as they were
+        All of it is a function of whole sequences, or of the global batch: no mesh changes it, up
+        to rounding. But a choice is discrete: where two scores differ by less than rounding, a
+        token may go elsewhere on another mesh. In bfloat16 some always do (in float32 and float64
+        none did in our tests), so experts' gradients agree less well there than all others.
+        A token without a label is routed and counted like any other; documents of one sequence
+        share its balance and its capacity.
 Dims    B micro-batch  T sequence  D width  E experts  N = B*T tokens  k experts of a token
-        G groups of experts  L layers
-Read    Router.forward -> choose -> drop -> Router.penalty -> Attach -> settle
+        G groups of e = E/G experts, M of them open to a token  L layers
+Read    Router.forward -> choose -> keep -> Router.penalty -> Attach -> settle
 Tests   tests/test_router.py
 """
 
@@ -38,11 +46,17 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def parts(score: Tensor) -> Tensor:
+    """Scores divided by their sum over the last dim; 0 where all of them are too small for it."""
+    tiny = torch.finfo(score.dtype).tiny
+    return score / score.sum(-1, keepdim=True).clamp_min(tiny)
+
+
 class Router(nn.Module):
     """x [B, T, D] -> (experts [N, k] as integers, gates [N, k]); a dropped choice is expert E.
 
-    A mesh changes three things, and no other: `scale` is what backward multiplies the summed loss
-    by, the penalties too; `share` is the part of the penalties that this rank answers for;
+    A mesh changes three things, and no other: `scale` turns the sum of the penalties into a mean,
+    1 / positions of the global batch; `share` is the part of them that this rank answers for;
     `over_sequence` adds up counts over the ranks that have parts of a sequence.
     """
 
@@ -63,25 +77,31 @@ class Router(nn.Module):
         logits_BTE = F.linear(wide(x_BTD), wide(self.weight))
         score_BTE = logits_BTE.softmax(-1) if cfg.router == "softmax" else logits_BTE.sigmoid()
         expert_BTk = choose(score_BTE.detach() + self.bias, cfg)
-        chosen_BTk = score_BTE.gather(-1, expert_BTk)
-        gate_BTk = chosen_BTk / chosen_BTk.sum(-1, keepdim=True)
+        gate_BTk = score_BTE.gather(-1, expert_BTk)
+        if cfg.top_k > 1:
+            gate_BTk = parts(gate_BTk)
         kept_BTk = keep(expert_BTk, cfg)
-        penalty, seen = self.penalty(logits_BTE, score_BTE, expert_BTk)
-        seen["dropped"] = (~kept_BTk).sum()
-        gate_BTk = Attach.apply(gate_BTk * kept_BTk, penalty, self, seen)
+        gate_BTk = gate_BTk * kept_BTk
+        if torch.is_grad_enabled():  # else there is no backward to penalise or to count
+            penalty, seen = self.penalty(logits_BTE, score_BTE, expert_BTk)
+            seen["dropped"] = (~kept_BTk).sum()
+            gate_BTk = Attach.apply(gate_BTk, penalty, self, seen)
         expert_BTk = expert_BTk.masked_fill(~kept_BTk, cfg.experts)
         return expert_BTk.flatten(0, 1), gate_BTk.flatten(0, 1).to(x_BTD.dtype)
 
-    def penalty(self, logits_BTE: Tensor, score_BTE: Tensor, expert_BTk: Tensor) -> tuple:
+    def penalty(
+        self, logits_BTE: Tensor, score_BTE: Tensor, expert_BTk: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """(scalar to add to the sum of token losses, what was counted on the way).
 
         Summed over positions, as losses are, f_e P_e of a sequence counts T times.
         """
         counts_BE = count(expert_BTk, self.cfg.experts)
-        whole_BE = self.over_sequence(counts_BE).to(score_BTE.dtype)
-        often_BE = whole_BE / whole_BE.mean(-1, keepdim=True)
-        share_BE = (score_BTE / score_BTE.sum(-1, keepdim=True)).sum(1)
-        balance = (often_BE * share_BE).sum()
+        balance = logits_BTE.new_zeros(())
+        if self.cfg.balance_loss > 0:  # over_sequence may send
+            whole_BE = self.over_sequence(counts_BE).to(score_BTE.dtype)
+            often_BE = whole_BE / whole_BE.mean(-1, keepdim=True)
+            balance = (often_BE * parts(score_BTE).sum(1)).sum()
         z = logits_BTE.logsumexp(-1).square().sum()
         penalty = self.cfg.balance_loss * balance + self.cfg.z_loss * z
         return penalty, {"counts_E": counts_BE.sum(0), "balance": balance.detach().double()}
@@ -104,7 +124,7 @@ def choose(score_BTE: Tensor, cfg: ModelConfig) -> Tensor:
     first; from cfg.top_groups of the cfg.expert_groups neighbouring groups of experts."""
     if cfg.top_groups < cfg.expert_groups:
         score_BTGe = score_BTE.unflatten(-1, (cfg.expert_groups, -1))
-        few = max(1, cfg.top_k // cfg.top_groups)
+        few = max(1, cfg.top_k // cfg.top_groups)  # as many as a group gives on average
         group_BTG = score_BTGe.sort(-1, descending=True).values[..., :few].sum(-1)
         open_BTG = torch.zeros_like(group_BTG, dtype=torch.bool)
         open_BTG = open_BTG.scatter(-1, largest(group_BTG, cfg.top_groups), True)
@@ -119,7 +139,7 @@ def largest(score_BTE: Tensor, count: int) -> Tensor:
 
 
 def keep(expert_BTk: Tensor, cfg: ModelConfig) -> Tensor:
-    """[B, T, k] -> which choices the capacity leaves, in the order of the sequence; 0: all."""
+    """[B, T, k] -> which choices the capacity leaves, first come, first served; all without it."""
     if cfg.capacity_factor == 0:
         return torch.ones_like(expert_BTk, dtype=torch.bool)
     T, k = expert_BTk.shape[1:]
@@ -159,20 +179,21 @@ def routers(model: nn.Module) -> list[Router]:
 
 
 def begin_step(model: nn.Module, scale: float) -> None:
-    """Before the forwards of a step whose summed losses are multiplied by `scale`."""
+    """Before the forwards of a step whose penalties, summed over positions, count `scale` times."""
     for router in routers(model):
         router.scale = scale
         router.forget()
 
 
-def settle(model: nn.Module, axis: Any, tokens: int) -> dict[str, float]:
+def settle(model: nn.Module, axis: Any, positions: int) -> dict[str, float]:
     """After the backwards of a step: move every bias, and say how balanced the experts were.
 
-    axis    over which counts are summed: ranks with other tokens (an Axis, all_reduce of L (E + 2))
-    tokens  counted in the global batch, by which the sum of the balance loss is divided
-    Returns {} without experts; else balance_loss (mean over layers; 1 is perfect), busiest_expert
-    (tokens of the busiest expert of any layer / mean), dropped_tokens (of k choices each, all
-    layers).
+    axis       over which counts are summed: ranks with other tokens (an Axis, all_reduce of
+               L (E + 2))
+    positions  in the global batch: the sum of the balance loss over them becomes a mean
+    Returns {} without experts; else balance_loss (mean over layers; about 1 is perfect; 0 unless
+    asked for), busiest_expert (tokens of the busiest expert of any layer / mean), dropped_choices
+    (choices, of which a token has k in each layer, all layers together).
     """
     layers = [r for r in routers(model) if isinstance(r.counts_E, Tensor)]
     if not layers:
@@ -185,7 +206,7 @@ def settle(model: nn.Module, axis: Any, tokens: int) -> dict[str, float]:
     for router, move_E in zip(layers, (mean - counts_LE).sign(), strict=True):
         router.bias += router.cfg.balance_speed * move_E
     return {
-        "balance_loss": float(balance.mean()) / tokens,
+        "balance_loss": float(balance.mean()) / positions,
         "busiest_expert": float((counts_LE.amax(-1) / mean[:, 0]).max()),
-        "dropped_tokens": int(dropped.sum()),
+        "dropped_choices": int(dropped.sum()),
     }

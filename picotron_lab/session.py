@@ -45,8 +45,9 @@ def train(
         ) from None
     finally:
         log.close()
-    if cfg.sample_tokens and (world.rank == 0 or mesh_cfg.tp > 1 or mesh_cfg.zero == 3):
-        prompt, continuation = write_sample(trainer)  # ranks that share weights write together
+    alone = mesh_cfg.size == mesh_cfg.dp and mesh_cfg.ep == 1 and mesh_cfg.zero < 3
+    if cfg.sample_tokens and (world.rank == 0 or not alone):  # who shares a model writes together
+        prompt, continuation = write_sample(trainer)
         if world.rank == 0:
             print(f"\n--- the model goes on from the held-out text\n{prompt}|{continuation}\n---")
     if world.rank == 0:
@@ -71,6 +72,6 @@ def write_sample(trainer: Trainer) -> tuple[str, str]:
     """(prompt, continuation): how the model goes on from the start of the held-out text."""
     cfg, tokenizer = trainer.cfg, trainer.tokenizer
     text = trainer.held_out if len(trainer.held_out) else trainer.batches.windows.tokens
-    prompt_T = torch.from_numpy(text[:PROMPT].astype("int64")).to(trainer.device)
-    ids = generate(trainer.model, prompt_T, cfg.sample_tokens, cfg.sequence_length)
-    return tokenizer.decode(prompt_T.tolist()), tokenizer.decode(ids)
+    prompt = text[:PROMPT].tolist()
+    ids = generate(trainer.predict, prompt, cfg.sample_tokens, cfg.sequence_length)
+    return tokenizer.decode(prompt), tokenizer.decode(ids)

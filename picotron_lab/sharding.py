@@ -76,6 +76,12 @@ def bounds(length: int, parts: int, index: int) -> tuple[int, int]:
     return min(index * size, length), min((index + 1) * size, length)
 
 
+def share_out(count: int, parts: int, index: int) -> tuple[int, int]:
+    """(start, stop) of part `index` of `count` whole things: numbers differ by one at most, and no
+    part is empty while there are enough."""
+    return index * count // parts, (index + 1) * count // parts
+
+
 def narrow(
     parameter: nn.Parameter, dim: int, start: int, stop: int, **changes: tuple
 ) -> nn.Parameter:
@@ -181,19 +187,17 @@ def squared_norm(
 ) -> Tensor:
     """Squared norm of the whole model's reduced gradient, float64 scalar; a replica counts once.
 
-    The `holders` ranks that have the same slice contribute 1/holders each, summed over the world.
-    Where every rank has everything, each already knows the answer and nothing is sent.
+    The ranks that have the same slice contribute 1/n each, if they are n, summed over the world.
+    Every rank comes: one alone cannot know whether all others have all that it has.
     """
     parameters = list(parameters)
     device = parameters[0].device
     total = torch.zeros((), dtype=torch.float64, device=device)
-    holders = [math.prod(axes[name].size for name in p.record.replicas) for p in parameters]
-    sharded = min(holders) < world.size
-    for parameter, count in zip(parameters, holders, strict=True):
-        gradient = parameter.grad
+    for parameter in parameters:
+        gradient, replicas = parameter.grad, parameter.record.replicas
         norm = torch.linalg.vector_norm(gradient, dtype=at_least_float32(gradient.dtype)).double()
-        total += norm**2 / (count if sharded else 1)
-    return world.all_reduce(total) if sharded else total
+        total += norm**2 / math.prod(axes[name].size for name in replicas)
+    return world.all_reduce(total)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -21,9 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from picotron_lab import corpus, data, data_parallel, mesh, optim, precision, sharding, state, zero
+from picotron_lab import (
+    build,
+    corpus,
+    data,
+    data_parallel,
+    mesh,
+    optim,
+    precision,
+    router,
+    sharding,
+    state,
+)  # fmt: skip
 from picotron_lab.analysis import cost, hardware, memory
-from picotron_lab.build import build_model
 from picotron_lab.checks import check_run
 from picotron_lab.comm import Axis
 from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig
@@ -72,23 +82,25 @@ class Trainer:
     def __init__(self, model_cfg: ModelConfig, mesh_cfg: MeshConfig, cfg: TrainConfig, world: Axis):
         check_run(model_cfg, mesh_cfg, cfg)
         self.cfg, self.mesh = cfg, mesh.build(world, mesh_cfg, model_cfg.kv_heads)
-        self.microbatches = cfg.micro_batches(self.mesh.replica.size)
+        self.microbatches = cfg.micro_batches(self.mesh.dp.size)
         cuda = torch.cuda.is_available()
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         )
         self._open_data(model_cfg)
         check_run(self.model_cfg, mesh_cfg, cfg)  # the vocabulary is known now
-        self.model = build_model(self.model_cfg, mesh_cfg, cfg, self.mesh, self.device)
+        self.positions_T = build.positions(mesh_cfg, cfg, self.mesh).to(self.device)
+        self.model = build.build_model(self.model_cfg, mesh_cfg, cfg, self.mesh, self.device)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         wide = torch.promote_types(precision.DTYPES[cfg.dtype], torch.float32)
         precision.accumulate_in(parameters, wide)
-        self.stage = OneStage(self.model, self._make_synchroniser(parameters, mesh_cfg.zero))
+        self.stage = OneStage(self.model, build.synchroniser(self.model, mesh_cfg, cfg, self.mesh))
         self.parameters = self.stage.synchroniser.shards  # what this rank's optimizer steps
         self.masters = precision.MasterWeights(self.parameters)
         self.optimizer = optim.build(self.masters.weights, cfg)
-        replica = self.mesh.replica.name  # the synchroniser's axis; the rule serves all others
-        self.other_axes = {n: a for n, a in self.mesh.axes.items() if n != replica}
+        served = (self.mesh.replica, self.mesh.expert_replica)  # by synchronisers
+        self.other_axes = {n: a for n, a in self.mesh.axes.items() if a not in served}
+        self.routing: dict[str, float] = {}
         self.first_step = 0
 
     def _open_data(self, model_cfg: ModelConfig) -> None:
@@ -102,21 +114,6 @@ class Trainer:
         train, held_out = data.split(tokens, cfg.sequence_length, cfg.validation_fraction)
         self.batches = data.Batches(train, cfg.sequence_length, cfg.seed, cfg.global_batch_size)
         self.held_out = held_out
-
-    def _make_synchroniser(
-        self, parameters: list[nn.Parameter], stage: int
-    ) -> data_parallel.Synchroniser:
-        cfg, replica = self.cfg, self.mesh.replica
-        dtype = precision.DTYPES[cfg.reduce_dtype] if cfg.reduce_dtype else None
-        size = cfg.bucket_mib * data_parallel.MIB
-        if stage > 0:
-            return zero.make(stage, parameters, replica, cfg.impl, size, dtype)
-        for parameter in parameters:
-            partial = parameter.record.partial
-            assert replica.name in partial, (
-                f"{parameter.record.name} is partial over {partial} only"
-            )
-        return data_parallel.synchroniser(cfg.sync_step, parameters, replica, size, dtype)
 
     # ---- one step
 
@@ -140,6 +137,7 @@ class Trainer:
             "mfu": self._mfu(tokens / seconds),
             "peak_memory_bytes": memory.peak_memory_bytes(self.device),
             "sent_bytes": ledger.bytes_by_axis(),
+            **self.routing,
         }
 
     def compute_gradients(self, step: int) -> tuple[float, int]:
@@ -147,9 +145,12 @@ class Trainer:
         batches = self._deal(step)
         mine = torch.stack([(labels != IGNORED).sum() for _, labels, _ in batches]).sum()
         tokens = int(self.mesh.replica.all_reduce(mine))
+        positions = self.cfg.global_batch_size * self.cfg.sequence_length
+        router.begin_step(self.model, 1 / positions)
         actions = accumulation(len(batches))[self.mesh.pp.rank]
         loss_sum = self.stage.run(actions, batches, max(tokens, 1))
         sharding.reduce_gradients(self.parameters, self.other_axes)
+        self.routing = router.settle(self.model, self.mesh.replica, positions)
         loss = self.mesh.replica.all_reduce(loss_sum) / max(tokens, 1)
         return float(loss), tokens
 
@@ -167,14 +168,14 @@ class Trainer:
 
     def _deal(self, step: int) -> list[tuple]:
         """This rank's micro-batches of global batch `step`: a contiguous run of its rows."""
-        size = self.cfg.micro_batch_size
-        first = self.mesh.replica.rank * self.microbatches * size
+        size, columns = self.cfg.micro_batch_size, self.positions_T.cpu().numpy()
+        first = self.mesh.dp.rank * self.microbatches * size
         rows = range(first, first + self.microbatches * size, size)
-        return [self._to_model(self.batches.micro_batch(step, row, size), step) for row in rows]
+        batches = [self.batches.micro_batch(step, row, size, columns) for row in rows]
+        return [self._to_model(batch, step) for batch in batches]
 
     def _to_model(self, batch: data.MicroBatch, step: int) -> tuple[Tensor, Tensor, Where]:
-        positions_T = torch.arange(batch.tokens_BT.shape[1], device=self.device)
-        where = Where(positions_T, batch.rows_B.to(self.device), step, self.cfg.seed)
+        where = Where(self.positions_T, batch.rows_B.to(self.device), step, self.cfg.seed)
         return batch.tokens_BT.to(self.device), batch.labels_BT.to(self.device), where
 
     def _mfu(self, tokens_per_second: float) -> float | None:
@@ -185,17 +186,36 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> float:
         """Mean token loss over all held-out text."""
-        replica, size = self.mesh.replica, self.cfg.micro_batch_size
-        held_out = data.Evaluation(self.held_out, self.cfg.sequence_length, size * replica.size)
+        dp, size, columns = self.mesh.dp, self.cfg.micro_batch_size, self.positions_T.cpu().numpy()
+        held_out = data.Evaluation(self.held_out, self.cfg.sequence_length, size * dp.size)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.model.eval()
         for i in range(len(held_out)):
-            batch = self._to_model(held_out.micro_batch(i, replica.rank * size, size), 0)
+            batch = self._to_model(held_out.micro_batch(i, dp.rank * size, size, columns), 0)
             sums[0] += self.model(*batch)
             sums[1] += (batch[1] != IGNORED).sum()
         self.model.train()
-        loss_sum, tokens = replica.all_reduce(sums).tolist()
+        loss_sum, tokens = self.mesh.replica.all_reduce(sums).tolist()
         return loss_sum / tokens
+
+    @torch.no_grad()
+    def predict(self, tokens: list[int]) -> Tensor:
+        """Logits [V] of what follows 1 to T tokens; ranks that share a model call it together.
+
+        Padded behind: later tokens do not change earlier logits, and a mesh may need this length.
+        """
+        length = self.cfg.sequence_length
+        assert 1 <= len(tokens) <= length, (
+            f"{len(tokens)} tokens cannot be gone on from: give 1 to {length}, the sequence length."
+        )
+        padded = tokens + [0] * (length - len(tokens))
+        mine_BT = torch.tensor([padded], device=self.device)[:, self.positions_T]
+        where = Where(self.positions_T, torch.zeros(1, dtype=torch.int64, device=self.device))
+        self.model.eval()
+        logits_TV = self.model(mine_BT, None, where)[0]
+        self.model.train()
+        last_T = self.positions_T == len(tokens) - 1  # on one of the ranks that share the sequence
+        return self.mesh.cp.all_reduce(logits_TV[last_T].float().sum(0))
 
     # ---- a whole run
 

@@ -125,6 +125,8 @@ def trajectories(
             _step(trainer, STEPS - 1, seen)
         for p in (*trainer.model.parameters(), *trainer.parameters):
             seen["tensors"].append((f"weight {p.record.name}", p.record, p.detach()))
+        for bias in trainer.model.buffers():
+            seen["tensors"].append((f"buffer {bias.record.name}", bias.record, bias))
         return {**seen, "bytes": _on_wire(trainer), "peak": meter.peak_bytes}
 
     return run_ranks(rank_main, mesh_cfg.size)

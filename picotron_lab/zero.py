@@ -12,13 +12,14 @@ Before  every rank, with AdamW in float32: 4Ψ parameters + 4Ψ gradients + 8Ψ 
 After   stage 1: 4Ψ + 4Ψ + 8Ψ/n    stage 2: 4Ψ + (4Ψ + 8Ψ)/n    stage 3: 16Ψ/n + one gathered unit
         bf16 with master weights, as in the paper: 2Ψ + 2Ψ + 12Ψ/n, 2Ψ + (2Ψ + 12Ψ)/n, 16Ψ/n; with
         float32 gradients, the trainer's way: 2Ψ + 4Ψ + 12Ψ/n, 2Ψ + (4Ψ + 12Ψ)/n, 18Ψ/n
-        The fused path also keeps flat buffers: two buckets (stages 1, 2); three units: in use, on
-        its way, gradient (stage 3)
+        The fused path also keeps flat buffers. Stages 1, 2: two buckets for each axis, none for
+        one of size 1. Stage 3: two units for each axis, in use and on its way; one of gradients
 Wire    m micro-batches, per step: stage 1 reduce_scatter(4Ψ) + all_gather(4Ψ), like all_reduce(4Ψ);
         stage 2 m reduce_scatter(4Ψ) + all_gather(4Ψ); stage 3 m (2 all_gather(4Ψ) +
         reduce_scatter(4Ψ)), less one all_gather of what backward does not read (embedding, fused
         head); a tied weight is gathered and reduced in both of its units
-Axes    dp: replicas of the model, which become shards of its state
+Axes    dp: replicas of the model, which become shards of its state; of experts expert_replica, the
+        ranks among them that hold the same ones
 Dims    none: dim 0 of any tensor is its rows
 Read    plain: zero_rows.py, its first half -> Zero -> Stage1 -> Stage2 -> zero_units.py, up to
         Gatherer -> Stage3; fused: the rest of zero_rows.py -> Buckets -> Prefetcher -> contract
@@ -40,9 +41,18 @@ from picotron_lab.comm import Axis
 from picotron_lab.config import ModelConfig
 from picotron_lab.lab import run_ranks
 from picotron_lab.model import Llama, initial_value
-from picotron_lab.sharding import group_by_size, zero_gradient
-from picotron_lab.zero_rows import Flights, Group, gather_rows, mine, scatter_sum, shard_rows
-from picotron_lab.zero_units import Gatherer, Prefetcher, Sharded
+from picotron_lab.sharding import group_by_size
+from picotron_lab.zero_rows import (
+    Flights,
+    Group,
+    forget,
+    gather_rows,
+    mine,
+    scatter_sum,
+    set_to_zero,
+    shard_rows,
+)  # fmt: skip
+from picotron_lab.zero_units import Gatherer, Prefetcher, Sharded, shard_experts, units_of
 
 MIB, BUCKET = 2**20, 4096  # BUCKET: of the demonstration
 
@@ -52,8 +62,8 @@ MIB, BUCKET = 2**20, 4096  # BUCKET: of the demonstration
 class Zero:
     """How the gradients of one step are summed, and what the optimizer steps: the `shards`."""
 
-    def __init__(self, shards: Sequence[nn.Parameter], axis: Axis):
-        self.shards, self.axis = list(shards), axis
+    def __init__(self, shards: Sequence[nn.Parameter]):
+        self.shards = list(shards)
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -74,20 +84,6 @@ class Zero:
         """shard -> replicated: the optimizer has stepped the shards; the other weights follow."""
 
 
-def set_to_zero(parameters: Sequence[nn.Parameter]) -> None:
-    """Zero every gradient where it lies; make it if need be: no token may use the parameter."""
-    for p in parameters:
-        if p.grad is None:
-            p.grad = zero_gradient(p)
-        p.grad.zero_()
-
-
-def forget(parameters: Sequence[nn.Parameter]) -> None:
-    """Free the full gradients."""
-    for parameter in parameters:
-        parameter.grad = None
-
-
 # ---- 2. plain path
 
 
@@ -98,8 +94,8 @@ class Stage1(Zero):
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], axis: Axis):
-        super().__init__([shard_rows(p, axis) for p in parameters], axis)
-        self.parameters = list(parameters)
+        super().__init__([shard_rows(p, axis) for p in parameters])
+        self.parameters, self.axis = list(parameters), axis
 
     def begin_step(self) -> None:
         set_to_zero(self.parameters)
@@ -140,10 +136,13 @@ class Stage2(Stage1):
 
 
 class Stage3(Zero):
-    """The module's own parameters are the shards; a unit whose backward is over calls `reduce`."""
+    """The module's own parameters are the shards; a unit whose backward is over calls `reduce`.
 
-    def __init__(self, shards: Sequence[nn.Parameter], axis: Axis):
-        super().__init__(shards, axis)
+    Units of any axis: each says over which.
+    """
+
+    def __init__(self, shards: Sequence[nn.Parameter]):
+        super().__init__(shards)
         for shard in self.shards:  # through which units find it: they are older than their weights
             shard.synchroniser = self
 
@@ -151,24 +150,26 @@ class Stage3(Zero):
         """Units must learn that their weights changed, which fused AdamW does not tell torch."""
         increment_version(self.shards)
 
-    def reduce(self, shards: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+    def reduce(self, shards: Sequence[nn.Parameter], gradients: list[Tensor], axis: Axis) -> None:
         """partial -> shard (reduce_scatter, one unit): the sums are added to every shard.grad."""
         for shard, gradient in zip(shards, gradients, strict=True):
-            shard.grad += scatter_sum(gradient.to(shard.grad_dtype), self.axis)
+            shard.grad += scatter_sum(gradient.to(shard.grad_dtype), axis)
 
 
-def shard_model(model: Llama, axis: Axis, impl: str) -> None:
-    """Stage 3, on the meta device: every unit of the model keeps this rank's rows alone."""
-    gatherer = {"plain": Gatherer, "fused": Prefetcher}[impl](axis)
-    shards = {p: shard_rows(p, axis) for p in model.parameters()}  # a tied one is in two units
+def shard_model(model: Llama, axis: Axis, impl: str, expert_axis: Axis | None = None) -> None:
+    """Stage 3, on the meta device: every unit of the model keeps this rank's rows alone.
+
+    expert_axis  over which gradients of experts are partial, where that is not `axis`: the experts
+                 of a layer are then a unit inside the layer's
+    """
+    kind = {"plain": Gatherer, "fused": Prefetcher}[impl]
+    apart = shard_experts(model, kind(expert_axis), axis) if expert_axis else set()
+    # a tied parameter is in two units
+    shards = {p: shard_rows(p, axis) for p in model.parameters() if p not in apart}
+    gatherer = kind(axis)
     gatherer.units = [Sharded(module, gatherer, shards) for module in units_of(model)]
     model.embed, *layers, model.norm, model.head = gatherer.units
     model.layers = nn.ModuleList(layers)
-
-
-def units_of(model: Llama) -> list[nn.Module]:
-    """What stage 3 gathers at a time, in the order of forward."""
-    return [model.embed, *model.layers, model.norm, model.head]
 
 
 # ---- 3. fused path
@@ -271,14 +272,14 @@ class FreedBuckets(Buckets):
         forget(bucket.parameters)
 
     def _take(self, bucket: Bucket, wire: Tensor) -> None:
-        add(bucket.shards, bucket.group, wire)
+        bucket.group.add_sums(bucket.shards, wire)
 
 
 class OverlappedUnits(Stage3):
     """Stage 3 with one reduce-scatter per unit, under way while backward computes the next."""
 
-    def __init__(self, shards: Sequence[nn.Parameter], axis: Axis, dtype: torch.dtype):
-        super().__init__(shards, axis)
+    def __init__(self, shards: Sequence[nn.Parameter], dtype: torch.dtype):
+        super().__init__(shards)
         self.dtype, self.flights = dtype, Flights(1, shards[0].device)
 
     @property
@@ -289,19 +290,13 @@ class OverlappedUnits(Stage3):
         self.flights.land()  # of a backward that was broken off
         super().begin_step()
 
-    def reduce(self, shards: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        group = Group(gradients, self.axis)
-        send, landed = partial(group.reduce, gradients), partial(add, shards, group)
+    def reduce(self, shards: Sequence[nn.Parameter], gradients: list[Tensor], axis: Axis) -> None:
+        group = Group(gradients, axis)
+        send, landed = partial(group.reduce, gradients), partial(group.add_sums, shards)
         self.flights.start(group, self.dtype, send, landed)
 
     def finish(self) -> None:
         self.flights.land()
-
-
-def add(shards: Sequence[nn.Parameter], group: Group, wire: Tensor) -> None:
-    """Add the sums on the wire to every shard.grad."""
-    for shard, total in zip(shards, group.mine(shards, wire), strict=True):
-        shard.grad += total
 
 
 # ---- 4. contract
@@ -317,13 +312,17 @@ def make(
 ) -> Zero:
     """The synchroniser of a stage, 1, 2 or 3, for the trainable parameters of a real model.
 
+    axis          of stages 1 and 2: make one for each axis (data_parallel.over_axes); of stage 3,
+                  one serves all parameters, for their units know their axes
     reduce_dtype  of gradients on the wire, fused path only; else the dtype in which they add up
     """
-    if impl == "plain":
-        return (Stage1, Stage2, Stage3)[stage - 1](parameters, axis)
     dtype = reduce_dtype or parameters[0].grad_dtype
     if stage == 3:
-        return OverlappedUnits(parameters, axis, dtype)
+        return Stage3(parameters) if impl == "plain" else OverlappedUnits(parameters, dtype)
+    if axis.size == 1:  # the shards are the parameters, and there is nothing to add or send
+        return Zero(parameters)
+    if impl == "plain":
+        return (Stage1, Stage2)[stage - 1](parameters, axis)
     return (Buckets, FreedBuckets)[stage - 1](parameters, axis, bucket_bytes, dtype)
 
 

@@ -67,6 +67,23 @@ def pad(x: Tensor, rows: int) -> Tensor:
     return F.pad(x, before_and_after) if len(x) < rows else x
 
 
+# ---- gradients between steps
+
+
+def set_to_zero(parameters: Sequence[nn.Parameter]) -> None:
+    """Zero every gradient where it lies; make it if need be: no token may use the parameter."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = sharding.zero_gradient(p)
+        p.grad.zero_()
+
+
+def forget(parameters: Sequence[nn.Parameter]) -> None:
+    """Free the full gradients."""
+    for parameter in parameters:
+        parameter.grad = None
+
+
 # ---- many tensors in one call
 
 
@@ -113,6 +130,11 @@ class Group:
         """Of each tensor my rows on the wire, of the shape of my shard."""
         places = zip(self._places(wire), shards, strict=True)
         return [place[self.axis.rank, : len(shard)] for place, shard in places]
+
+    def add_sums(self, shards: Sequence[nn.Parameter], wire: Tensor) -> None:
+        """Add what reduce has brought to every shard.grad."""
+        for shard, total in zip(shards, self.mine(shards, wire), strict=True):
+            shard.grad += total
 
     def unpack(self, fulls: Sequence[Tensor], wire: Tensor) -> None:
         """Copy what lies on the wire into full tensors."""

@@ -9,15 +9,19 @@ Idea    Each rank keeps 1/n of the rows of every weight. Sharded wraps a module 
         weights are forgotten, the gradients are reduce-scattered.
         Recomputation (recompute.py) around a unit runs its forward inside a backward, which
         follows at once: the weights stay for it. So a step gathers each unit twice, not thrice.
+Inside  Under expert parallelism fewer ranks hold the same experts than the same layer. So a layer's
+        experts are a unit inside the layer's, with an axis and a gatherer of its own; the layer's
+        leaves their weights alone. What the inner one does not recognise of what autograd saves,
+        it hands to the outer one, and that to whoever recomputes.
 Plain   Gatherer: when needed, a call per weight, waiting
 Fused   Prefetcher: a call per unit, under way while the unit before computes. Two buffers that
-        stay: on one the next weights arrive, from the other the unit computes
+        stay, for each axis: on one the next weights arrive, from the other the unit computes
 Read    Sharded.forward -> Boundary -> Sharded._pack, _unpack -> Gatherer | Prefetcher
 Tests   tests/test_zero.py
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +31,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from picotron_lab.comm import Axis, Handle
-from picotron_lab.zero_rows import Group, Memory, gather_rows
+from picotron_lab.model import Llama
+from picotron_lab.zero_rows import Group, Memory, gather_rows, shard_rows
 
 
 class Note(NamedTuple):
@@ -55,7 +60,8 @@ class Kept(NamedTuple):
 class Sharded(nn.Module):
     """A unit, called as its module is, with positional arguments, of which the first is a tensor.
 
-    shards   {full parameter: this rank's rows of it}; they take its place in the module
+    shards   {full parameter: this rank's rows of it}; they take its place in the module, where
+             other parameters stay as they are: those of a unit inside this one
     raises   AssertionError when weights changed between forward and backward, and, fused, when two
              units must be whole at once: recompute at most one unit at a time
 
@@ -66,14 +72,15 @@ class Sharded(nn.Module):
     def __init__(self, module: nn.Module, gatherer: "Gatherer", shards: dict):
         super().__init__()
         self.module, self.gatherer = module, gatherer
-        self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-        self.group = Group(list(module.parameters()), gatherer.axis)
+        own = {name: p for name, p in module.named_parameters() if p in shards}
+        self.shapes = {name: tuple(p.shape) for name, p in own.items()}
+        self.group = Group(list(own.values()), gatherer.axis)
         self.weights: list[Tensor] | None = None
         self.index: dict[int, int] = {}  # by the address of a storage: a weight that lies there
         self.read_by_backward = False  # of an embedding, for one, it never is
         for part in module.modules():
             for key, parameter in list(part._parameters.items()):
-                if parameter is not None:
+                if parameter in shards:
                     setattr(part, key, shards[parameter])
 
     def forward(self, x: Tensor, *others: Any) -> Any:
@@ -81,7 +88,8 @@ class Sharded(nn.Module):
             self.gatherer.close_all()  # what a backward that was broken off has left
         shards, version = self.shards(), self.version()
         learns = x.requires_grad or any(shard.requires_grad for shard in shards)
-        if torch.is_grad_enabled() and learns:
+        learns = learns and torch.is_grad_enabled()
+        if learns:
             x, *weights = Boundary.apply(self, x, *shards)
         else:
             weights = self.open()
@@ -91,12 +99,12 @@ class Sharded(nn.Module):
             with saved_tensors_hooks(pack, self._unpack):
                 return functional_call(self.module, lent, (x, *others))
         finally:
-            if not in_backward():
+            if not (learns and in_backward()):  # else backward follows at once
                 self.close()
 
     def shards(self) -> list[nn.Parameter]:
         """Looked up each time: materialise replaces the parameters of the meta device."""
-        return [parameter for _, parameter in self.module.named_parameters()]
+        return [self.module.get_parameter(name) for name in self.shapes]
 
     def version(self) -> int:
         """Grows whenever weights are changed in place; torch counts that, rows or none."""
@@ -158,7 +166,7 @@ class Boundary(torch.autograd.Function):
                 shards.append(shard)
                 sums.append(shard.new_zeros(shape) if gradient is None else gradient)
         if shards:
-            synchroniser_of(shards).reduce(shards, sums)
+            synchroniser_of(shards).reduce(shards, sums, unit.gatherer.axis)
         return None, dx, *(None for _ in gradients)
 
 
@@ -182,6 +190,46 @@ def outer_hooks() -> tuple[Callable, Callable]:
 def in_backward() -> bool:
     """Whether autograd runs a backward in this thread: a forward is a recomputation then."""
     return torch._C._current_graph_task_id() != -1
+
+
+# ---- what is a unit
+
+
+def units_of(model: Llama) -> list[nn.Module]:
+    """What stage 3 gathers at a time, in the order of forward."""
+    return [model.embed, *model.layers, model.norm, model.head]
+
+
+def shard_experts(model: nn.Module, gatherer: "Gatherer", axis: Axis) -> set[nn.Parameter]:
+    """Make units over gatherer.axis of experts, which are to lie inside units over `axis`.
+
+    Returns the parameters with which those outer units have nothing to do. Where nobody else has
+    the same experts, nothing need be gathered: they stay as they are.
+    """
+    apart: set[nn.Parameter] = set()
+    for parent, name in modules_over(model, gatherer.axis, axis):
+        module = getattr(parent, name)
+        if gatherer.axis.size > 1:
+            shards = {p: shard_rows(p, gatherer.axis) for p in module.parameters()}
+            gatherer.units.append(Sharded(module, gatherer, shards))
+            setattr(parent, name, gatherer.units[-1])
+        apart.update(module.parameters())
+    return apart
+
+
+def modules_over(model: nn.Module, axis: Axis, other: Axis) -> list[tuple[nn.Module, str]]:
+    """(parent, name) of the largest modules whose parameters are partial over `axis`, and none over
+    `other`: with expert_replica and dp the experts of each layer, if this rank has any."""
+
+    def find(parent: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+        for name, module in parent.named_children():
+            over = [p.record.partial for p in module.parameters()]
+            if over and all(axis.name in names and other.name not in names for names in over):
+                yield parent, name
+            else:
+                yield from find(module)
+
+    return list(find(model))
 
 
 # ---- who gathers

@@ -6,15 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from picotron_lab import checkpoint, data, optim, sharding, state
-from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig
+from picotron_lab import checkpoint, data, optim, router, sharding, state
+from picotron_lab.comm import Alone, Axis
+from picotron_lab.config import CP_KINDS, MeshConfig, ModelConfig, TrainConfig
 from picotron_lab.dropout import Where
 from picotron_lab.lab import run_ranks
+from picotron_lab.ledger import Ledger
 from picotron_lab.model import Llama, initial_value
 from picotron_lab.trainer import Trainer
 
 MODEL = ModelConfig(vocab_size=61, hidden_size=32, layers=2, heads=4, kv_heads=2, ffn_size=26)
 TIED = dataclasses.replace(MODEL, tied=True, kv_heads=1)
+EXPERTS = dataclasses.replace(
+    MODEL, experts=5, router="sigmoid", shared_experts=1, balance_loss=0.1, balance_speed=0.01
+)
 MESHES = {
     "zero1": MeshConfig(dp=3, zero=1),
     "zero2": MeshConfig(dp=2, zero=2),
@@ -24,8 +29,17 @@ MESHES = {
     "zero1 tp": MeshConfig(dp=2, tp=2, zero=1, vocab_parallel="1"),
     "zero2 tp sp": MeshConfig(dp=3, tp=2, zero=2, sequence_parallel=True),
     "zero3 tp sp": MeshConfig(dp=2, tp=4, zero=3, sequence_parallel=True),
+    "cp": MeshConfig(cp=2, cp_kind="ring"),
+    "cp dp": MeshConfig(dp=2, cp=2, cp_kind="zigzag"),
+    "cp tp sp zero2": MeshConfig(cp=2, cp_kind="all-gather", tp=2, sequence_parallel=True, zero=2),
+    "cp zero3": MeshConfig(dp=2, cp=2, cp_kind="ulysses", zero=3),
+    "ep": MeshConfig(dp=3, ep=3),
+    "ep cp zero1": MeshConfig(dp=2, cp=2, cp_kind="ring", ep=4, zero=1),
+    "ep tp zero2": MeshConfig(dp=2, tp=2, ep=2, zero=2),
+    "ep zero3": MeshConfig(dp=6, ep=3, zero=3),
 }
-LONG = ("zero1 tp", "zero3 tp sp")
+LONG = ("zero1 tp", "zero3 tp sp", "cp tp sp zero2", "cp zero3", "ep cp zero1", "ep tp zero2")
+ALONE = Axis("world", [0], 0, Alone(), Ledger())
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in MESHES]
 
 
@@ -43,6 +57,13 @@ def base(tmp_path_factory):
     )  # fmt: skip
 
 
+def models_for(name):
+    """A model with experts where they are shared out; else untied and, where it may be, tied."""
+    if "ep" in name:
+        return [EXPERTS]
+    return [MODEL] if MESHES[name].vocab_parallel == "none" else [MODEL, TIED]
+
+
 def full_weights(model_cfg, cfg):
     model = Llama(model_cfg)
     sharding.attach(model)
@@ -53,10 +74,11 @@ def full_weights(model_cfg, cfg):
 @pytest.mark.parametrize("name", NAMES)
 def test_initial_weights_are_slices_of_one_devices(base, name):
     """Every element is on some rank, shards differ, and their scale does not depend on the cut."""
-    full = full_weights(MODEL, base)
+    model_cfg = models_for(name)[0]
+    full = full_weights(model_cfg, base)
 
     def weights(world):
-        model = Trainer(MODEL, MESHES[name], base, world).model
+        model = Trainer(model_cfg, MESHES[name], base, world).model
         return [(p.record, p.detach()) for p in model.parameters()]
 
     covered = {key: torch.zeros_like(tensor) for key, tensor in full.items()}
@@ -86,17 +108,26 @@ def one_device(model_cfg, cfg, steps):
     for step in range(steps):
         batch = batches.micro_batch(step, 0, cfg.global_batch_size)
         where = Where(torch.arange(cfg.sequence_length), batch.rows_B, step, cfg.seed)
-        loss = model(batch.tokens_BT, batch.labels_BT, where) / (batch.labels_BT != -100).sum()
+        counted = int((batch.labels_BT != -100).sum())
+        router.begin_step(model, 1 / batch.labels_BT.numel())
+        loss = model(batch.tokens_BT, batch.labels_BT, where) / counted
         optimizer.zero_grad()
         loss.backward()
+        router.settle(model, ALONE, batch.labels_BT.numel())
         gradients = {p.record.name: p.grad.clone() for p in model.parameters()}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         for group in optimizer.param_groups:
             group["lr"] = optim.learning_rate(step, cfg)
         optimizer.step()
-        weights = {p.record.name: p.detach().clone() for p in model.parameters()}
+        kept = [*model.parameters(), *model.buffers()]
+        weights = {p.record.name: p.detach().clone() for p in kept}
         seen.append((loss.item(), norm.item(), gradients, weights))
     return seen
+
+
+def held(trainer):
+    """Weights of a rank, and the biases of its routers."""
+    return [*trainer.model.parameters(), *trainer.model.buffers()]
 
 
 def on_ranks(world, model_cfg, mesh_cfg, cfg, steps):
@@ -106,7 +137,7 @@ def on_ranks(world, model_cfg, mesh_cfg, cfg, steps):
         loss, _ = trainer.compute_gradients(step)
         gradients = [(p.record, p.grad.clone()) for p in trainer.parameters]
         norm = trainer.update(step)
-        weights = [(p.record, p.detach().clone()) for p in trainer.model.parameters()]
+        weights = [(p.record, p.detach().clone()) for p in held(trainer)]
         seen.append((loss, norm, gradients, weights))
     return seen
 
@@ -132,7 +163,7 @@ def test_three_clipped_steps_equal_one_device(base, name, impl):
         base, impl=impl,
         recompute={"zero3": "full", "tp": "selective", "zero3 tp sp": "full"}.get(name, "none"),
     )  # fmt: skip
-    for model_cfg in [MODEL] if mesh_cfg.vocab_parallel == "none" else [MODEL, TIED]:
+    for model_cfg in models_for(name):
         expected = one_device(model_cfg, base, 3)
         assert max(seen[1] for seen in expected) > base.clip, "clipping must do something"
         found = run_ranks(on_ranks, mesh_cfg.size, model_cfg, mesh_cfg, cfg, 3)
@@ -150,25 +181,44 @@ def assert_replicas_identical(found):
             assert torch.equal(weight, other), f"replicas of {record.name} {record.slices} differ"
 
 
+@pytest.mark.parametrize("kind", CP_KINDS)
+def test_ranks_that_share_a_sequence_predict_like_one_device(base, kind):
+    """Whichever rank holds the last token, and however many other sequences there are."""
+    tokens = np.load(base.data)[:8].tolist()
+    counts, cfg = (1, 3, 5, 6, 8), dataclasses.replace(base, dropout=0.0)
+    mesh_cfg = MeshConfig(dp=2, cp=2, cp_kind=kind)
+
+    def predict(world, mesh_cfg):
+        trainer = Trainer(MODEL, mesh_cfg, cfg, world)
+        return torch.stack([trainer.predict(tokens[:count]) for count in counts])
+
+    model = Llama(MODEL)
+    sharding.attach(model)
+    sharding.materialise(model, base.seed, initial_value, dtype=torch.float64)
+    whole = model(torch.tensor([tokens]))[0, [count - 1 for count in counts]]
+    for found in run_ranks(predict, 4, mesh_cfg):
+        torch.testing.assert_close(found.double(), whole, rtol=0, atol=1e-6)
+
+
 # ---- checkpoints
 
 
-def save_after_two_steps(world, mesh_cfg, cfg):
-    trainer = Trainer(MODEL, mesh_cfg, cfg, world)
+def save_after_two_steps(world, model_cfg, mesh_cfg, cfg):
+    trainer = Trainer(model_cfg, mesh_cfg, cfg, world)
     for step in range(2):
         trainer.train_step(step)
     state.save(trainer, 2)
-    held = [(p.record, p.detach().clone()) for p in trainer.model.parameters()]
-    return held + [(r, t.clone()) for r, t in optim.moments(trainer.optimizer)]
+    pieces = [(p.record, p.detach().clone()) for p in held(trainer)]
+    return pieces + [(r, t.clone()) for r, t in optim.moments(trainer.optimizer)]
 
 
-def load_and_go_on(world, mesh_cfg, cfg, path):
-    trainer = Trainer(MODEL, mesh_cfg, cfg, world)
+def load_and_go_on(world, model_cfg, mesh_cfg, cfg, path):
+    trainer = Trainer(model_cfg, mesh_cfg, cfg, world)
     state.load(trainer, checkpoint.read_manifest(path))
-    held = [(p.record, p.detach().clone()) for p in trainer.model.parameters()]
-    held += [(r, t.clone()) for r, t in optim.moments(trainer.optimizer)]
+    pieces = [(p.record, p.detach().clone()) for p in held(trainer)]
+    pieces += [(r, t.clone()) for r, t in optim.moments(trainer.optimizer)]
     losses = [trainer.train_step(step)["loss"] for step in (2, 3)]
-    return held, losses
+    return pieces, losses
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -177,21 +227,25 @@ def test_a_checkpoint_of_any_mesh_loads_into_any_other(base, name, tmp_path):
     cfg = dataclasses.replace(base, optimizer="adamw", lr=0.01, min_lr=0.01,
                               save_dir=str(tmp_path))  # fmt: skip
 
+    model_cfg = models_for(name)[0]
+
     def uninterrupted(world):
-        trainer = Trainer(MODEL, MeshConfig(), cfg, world)
+        trainer = Trainer(model_cfg, MeshConfig(), cfg, world)
         return [trainer.train_step(step)["loss"] for step in range(4)][2:]
 
     expected = run_ranks(uninterrupted, 1)[0]
     full = {}
-    for held in run_ranks(save_after_two_steps, MESHES[name].size, MESHES[name], cfg):
-        for record, tensor in held:
+    saved = run_ranks(save_after_two_steps, MESHES[name].size, model_cfg, MESHES[name], cfg)
+    for pieces in saved:
+        for record, tensor in pieces:
             whole = full.setdefault(record.name, torch.full(record.shape, float("nan")).double())
             whole[record.index] = tensor
     path = checkpoint.latest(tmp_path)
-    names = list(MESHES)
+    names = [other for other in MESHES if "ep" in name or "ep" not in other]
     others = [names[(names.index(name) + shift) % len(names)] for shift in (1, 3)]
     for mesh_cfg in [MeshConfig(), *(MESHES[other] for other in others)]:
-        for held, losses in run_ranks(load_and_go_on, mesh_cfg.size, mesh_cfg, cfg, path):
+        loaded = run_ranks(load_and_go_on, mesh_cfg.size, model_cfg, mesh_cfg, cfg, path)
+        for pieces, losses in loaded:
             assert losses == pytest.approx(expected, rel=1e-10)
-            for record, tensor in held:
+            for record, tensor in pieces:
                 assert torch.equal(tensor, full[record.name][record.index]), record

@@ -104,6 +104,36 @@ WRONG = {
     "try --sequence-length 32": lambda: together(
         None, {"tp": 4, "sequence_parallel": True}, sequence_length=30
     ),
+    "--cp-kind spiral is not one of ring, zigzag, all-gather, ulysses": lambda: MeshConfig(
+        cp=2, cp_kind="spiral"
+    ),
+    "--cp-kind ring shares the sequence out among context-parallel ranks, and there is one; "
+    "try --cp 2 on 2 ranks": lambda: MeshConfig(dp=2, cp_kind="ring"),
+    "--sequence-length 20 must be a multiple of 8 with --cp 4 --cp-kind zigzag; "
+    "try --sequence-length 24": lambda: together(None, {"cp": 4}, sequence_length=20),
+    "--sequence-length 4 must be a multiple of 8 with --cp 2 --cp-kind ring "
+    "--tp 4 --sequence-parallel; try --sequence-length 8": lambda: together(
+        None, {"cp": 2, "cp_kind": "ring", "tp": 4, "sequence_parallel": True}, sequence_length=4
+    ),
+    "--sequence-length 20 must be a multiple of 3 with --cp 3 --cp-kind ring; "
+    "try --sequence-length 21": lambda: together(
+        None, {"cp": 3, "cp_kind": "ring"}, sequence_length=20
+    ),
+    "--sequence-length 20 must be a multiple of 12 with --cp 3 --cp-kind zigzag "
+    "--tp 4 --sequence-parallel; try --sequence-length 24": lambda: together(
+        None, {"cp": 3, "tp": 4, "sequence_parallel": True}, sequence_length=20
+    ),
+    "--cp 4 with --cp-kind ulysses must divide the 2 attention heads of a tensor-parallel rank, "
+    "and divide its 1 key/value heads or be a multiple of their number; try --cp-kind zigzag":
+    lambda: together({"kv_heads": 2}, {"cp": 4, "tp": 4, "cp_kind": "ulysses"}),
+    "--capacity-factor 1.5 drops tokens in the order of their sequence, which --cp 2 cuts":
+    lambda: together({"experts": 4, "capacity_factor": 1.5}, {"cp": 2}),
+    "--ep 2 shares experts out, and this model has none; try --experts 8": lambda: together(
+        None, {"dp": 2, "ep": 2}
+    ),
+    "--ep 4 is more than there are experts; try --ep 2": lambda: together(
+        {"experts": 2}, {"dp": 4, "ep": 4}
+    ),
     "--dp-step naive sums gradients on every rank, and --zero 1 has its own way": lambda: together(
         None, {"dp": 2, "zero": 1}, dp_step="naive"
     ),

@@ -31,7 +31,7 @@ LAYERS = (
     "trainer",
     "build state generate",
     f"{TECHNIQUES} recompute fused",
-    "zero_units hugging_face diagnose attention_blocks grouped_experts",
+    "zero_units hugging_face diagnose attention_blocks grouped_experts ulysses",
     "optim precision checkpoint corpus data lab processes",
     "zero_rows",
     "mesh sharding model log",

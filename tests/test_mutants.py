@@ -3,12 +3,19 @@
 from pathlib import Path
 
 import pytest
-from mutants import Mutant, gradients, model_and_run, splitting
+from mutants import (
+    Mutant,
+    context_and_experts,
+    context_paths,
+    gradients,
+    model_and_run,
+    splitting,
+)  # fmt: skip
 
 TESTS = Path(__file__).parent
 MUTANTS = [
     mutant
-    for module in (gradients, model_and_run, splitting)
+    for module in (gradients, model_and_run, splitting, context_and_experts, context_paths)
     for mutant in vars(module).values()
     if isinstance(mutant, Mutant)
 ]

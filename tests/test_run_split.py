@@ -9,14 +9,22 @@ SPLITS = {
     "zero3 tp": ["--dp", "2", "--tp", "2", "--zero", "3", "--sequence-parallel"],
     "zero2": ["--zero", "2", "--recompute", "full"],
     "zero1 tp plain": ["--tp", "2", "--zero", "1", "--impl", "plain"],
+    "cp": ["--cp", "4", "--cp-kind", "zigzag"],
+    "cp tp plain": ["--cp", "2", "--cp-kind", "ring", "--tp", "2", "--impl", "plain"],
+    "ep cp zero3": ["--ep", "2", "--cp", "2", "--cp-kind", "all-gather", "--zero", "3"],
+    "ep plain": ["--ep", "4", "--impl", "plain"],
 }
-NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name != "zero3 tp")) for name in SPLITS]
+QUICK = ("zero3 tp", "ep cp zero3")
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in SPLITS]
+EXPERTS = ["--experts", "5", "--shared-experts", "1", "--balance-loss", "0.01", "--z-loss", "0.01",
+           "--balance-speed", "0.001", "--router", "sigmoid"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_split_models_print_the_same_curve_and_sample(name, text, tmp_path, capsys):
     """4 real processes that share the model, beside one process."""
     options = [*text, "--steps", "3", "--dtype", "float64", "--dropout", "0.1", "--heads", "2"]
+    options += EXPERTS if "ep" in name else []
     launched = torchrun(4, *options, *SPLITS[name], "--log-file", str(tmp_path / "four"))
     assert train(*options, "--log-file", str(tmp_path / "one")) == 0
     sample = capsys.readouterr().out.split("metrics:")[0]
@@ -24,6 +32,13 @@ def test_split_models_print_the_same_curve_and_sample(name, text, tmp_path, caps
     assert launched.returncode == 0, errors
     assert out.split("metrics:")[0] == sample
     assert_same(metrics(tmp_path / "four"), metrics(tmp_path / "one"), 1e-10)
+
+
+def test_ranks_that_share_experts_write_together(text, capsys):
+    """Each has a part of the model that the others need."""
+    options = ["--ranks", "2", "--experts", "4", "--ep", "2", "--sample-tokens", "4"]
+    assert train(*text, "--steps", "1", *options) == 0
+    assert "the model goes on" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_with_another_split(text, tmp_path):

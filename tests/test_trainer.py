@@ -190,8 +190,8 @@ def test_a_text_of_one_label(base, tmp_path):
     assert_equal(run_ranks(on_ranks, 4, MODEL, cfg, 2)[0], expected, 1e-10, "one label")
 
 
-def test_ledger_counts_gradients_and_two_numbers(base):
-    """4Ψ bytes of float32 gradients, whatever the micro-batches; and loss and token count, 8
+def test_ledger_counts_gradients_and_three_numbers(base):
+    """4Ψ bytes of float32 gradients, whatever the micro-batches; and loss, token count and norm, 8
     each."""
 
     def sent(world):
@@ -201,7 +201,7 @@ def test_ledger_counts_gradients_and_two_numbers(base):
         return trainer.train_step(0)["sent_bytes"], elements
 
     for bytes_by_axis, elements in run_ranks(sent, 2):
-        assert bytes_by_axis == {"dp": 4 * elements + 8 + 8}
+        assert bytes_by_axis == {"dp": 4 * elements + 8 + 8, "world": 8}
 
 
 def test_validation_sees_every_held_out_token_once(base):

@@ -23,8 +23,13 @@ Ours    the same count for the plain path of model.py, where every operator keep
         for norms; its 5 a s / h a softmax of 16 bit, dropout of it, and its mask.
 n ranks tensor parallel: H/n, K/n (at least 1) and F/n. Sequence parallel also: norms and dropout
         N/n; the matmuls that follow a norm keep its shard and gather it again in backward.
+        context parallel, with blocks (ring, zigzag, all-gather): T/n tokens of each sequence, and
+        instead of mask, softmax and weights the log of each row's sum: w B H T/n. All of it falls
+        as 1/n, which is how long sequences fit. (Ulysses: saved_bytes of context.py.)
+Fused   fused_activations.py
 Dims    as in model.py
-Tests   tests/test_activations.py: equal to what the meter of memory.py sees, to the byte
+Tests   tests/test_activations.py, tests/test_context_memory.py: equal to what the meter of
+        memory.py sees, to the byte
 """
 
 from dataclasses import dataclass
@@ -36,24 +41,30 @@ ANGLE_BYTES = 4  # an element of rotary_angles is float32, whatever the model is
 
 @dataclass(frozen=True)
 class Setting:
-    """A micro-batch on one of n tensor-parallel ranks; of uneven parts of T and F, the largest."""
+    """A micro-batch on one rank; of uneven parts of T and F, the largest."""
 
     batch: int  # B
-    sequence: int  # T
+    sequence: int  # T, all of it
     element: int  # bytes: 2 for bfloat16, 4 for float32, 8 for float64
     dropout: bool = False
-    ranks: int = 1  # n
+    ranks: int = 1  # tensor parallel
     sequence_parallel: bool = False
+    context_ranks: int = 1  # with blocks, not ulysses
+
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence that a rank has in attention and MLP."""
+        return _part(self.sequence, self.context_ranks)
 
     @property
     def tokens(self) -> int:
-        """N, which every rank sees in attention and MLP."""
-        return self.batch * self.sequence
+        """N, those of all sequences."""
+        return self.batch * self.length
 
     @property
     def own_tokens(self) -> int:
         """Tokens that a rank holds between these regions."""
-        return self.batch * _part(self.sequence, self.ranks if self.sequence_parallel else 1)
+        return self.batch * _part(self.length, self.ranks if self.sequence_parallel else 1)
 
     @property
     def wide(self) -> int:
@@ -64,21 +75,19 @@ class Setting:
 def layer_bytes(cfg: ModelConfig, at: Setting, recompute: str = "none") -> dict[str, int]:
     """Bytes that one dense layer keeps, by operator: the table above.
 
-    recompute  none | selective: nothing between q, k, v and the mixed values | full: the input only
+    recompute  none | selective: nothing between q, k, v and the mixed values; context-parallel
+               blocks are so by themselves, and keep their row sums | full: the input only
     """
-    assert cfg.experts == 0, (
-        f"what {cfg.experts} experts keep depends on the routing: ask for a model without experts."
-    )
-    _check_recompute(recompute)
+    check(cfg, recompute)
     e, N, own, D, C = at.element, at.tokens, at.own_tokens, cfg.hidden_size, cfg.head_width
     if recompute == "full":
         return {"input": e * own * D}
-    (H, K), F = _own_heads(cfg, at.ranks), _part(cfg.ffn_size, at.ranks)
+    (H, K), F = own_heads(cfg, at.ranks), own_columns(cfg, at.ranks)
     return {
         "norms": 2 * norm_bytes(cfg, at),
-        "angles": 0 if e == ANGLE_BYTES else 4 * e * at.sequence * C,
+        "angles": narrowed_angles(cfg, at),
         "q, k, v": e * N * (H + 2 * K) * C,
-        "scores": 0 if recompute == "selective" else _score_bytes(at, H, K),
+        "scores": _score_bytes(at, H, K, recompute),
         "mixed values": e * N * H * C,
         "mlp": 4 * e * N * F,
         "dropout": 2 * own * D if at.dropout else 0,
@@ -93,12 +102,11 @@ def norm_bytes(cfg: ModelConfig, at: Setting) -> int:
 
 def rest_bytes(cfg: ModelConfig, at: Setting, recompute: str = "none") -> dict[str, int]:
     """Bytes kept outside the layers of a plain model on one rank, with its loss."""
-    assert at.ranks == 1, f"{at.ranks} ranks share the head in several ways: ask for one rank."
-    _check_recompute(recompute)
-    angles = 2 * ANGLE_BYTES * at.sequence * cfg.head_width
+    check(cfg, recompute, at)
+    shared = at.element == ANGLE_BYTES or recompute == "full"
     return {
         "dropout of embedding": at.tokens * cfg.hidden_size if at.dropout else 0,
-        "angles": angles if at.element == ANGLE_BYTES or recompute == "full" else 0,
+        "angles": angle_bytes(cfg, at) if shared else 0,
         "last norm": norm_bytes(cfg, at),
         "log probabilities": at.wide * at.tokens * cfg.vocab_size,
         "loss and its divisor": 2 * at.wide,
@@ -111,14 +119,33 @@ def model_bytes(cfg: ModelConfig, at: Setting, recompute: str = "none") -> int:
     return cfg.layers * sum(layer.values()) + sum(rest.values())
 
 
-def _score_bytes(at: Setting, H: int, K: int) -> int:
-    """The mask, the softmax, and what the product with v keeps of it."""
+def angle_bytes(cfg: ModelConfig, at: Setting) -> int:
+    """cos and sin of all layers, as they are made."""
+    return 2 * ANGLE_BYTES * at.length * cfg.head_width
+
+
+def narrowed_angles(cfg: ModelConfig, at: Setting) -> int:
+    """cos and sin as q and as k need them, each a copy, unless they have that dtype already."""
+    return 0 if at.element == ANGLE_BYTES else 4 * at.element * at.length * cfg.head_width
+
+
+def row_sums(at: Setting, H: int) -> int:
+    """The log of each query's sum of exponentials, with which backward forms its scores again."""
+    return at.wide * H * at.tokens
+
+
+def _score_bytes(at: Setting, H: int, K: int, recompute: str) -> int:
+    """The mask, the softmax, and what the product with v keeps of it; or row sums of blocks."""
+    if at.context_ranks > 1:
+        return row_sums(at, H)
+    if recompute == "selective":
+        return 0
     shared = at.element == at.wide and (H == K or at.sequence == 1)
     squares = at.batch * H * at.sequence**2
     return at.sequence**2 + squares * (at.wide + (0 if shared else at.element))
 
 
-def _own_heads(cfg: ModelConfig, ranks: int) -> tuple[int, int]:
+def own_heads(cfg: ModelConfig, ranks: int) -> tuple[int, int]:
     """Query and key/value heads of each of the ranks."""
     H, K = cfg.heads, cfg.kv_heads
     assert H % ranks == 0 and (K % ranks == 0 or ranks % K == 0), (
@@ -128,9 +155,21 @@ def _own_heads(cfg: ModelConfig, ranks: int) -> tuple[int, int]:
     return H // ranks, max(1, K // ranks)
 
 
-def _check_recompute(kind: str) -> None:
-    assert kind in RECOMPUTE, (
-        f"there is no recomputation '{kind}': ask for one of {', '.join(RECOMPUTE)}."
+def own_columns(cfg: ModelConfig, ranks: int) -> int:
+    """F of the rank that has most of it."""
+    return _part(cfg.ffn_size, ranks)
+
+
+def check(cfg: ModelConfig, recompute: str, whole: Setting | None = None) -> None:
+    """These forms count a dense model; its head, if they count a `whole` model, on one rank."""
+    assert cfg.experts == 0, (
+        f"what {cfg.experts} experts keep depends on the routing: ask for a model without experts."
+    )
+    assert recompute in RECOMPUTE, (
+        f"there is no recomputation '{recompute}': ask for one of {', '.join(RECOMPUTE)}."
+    )
+    assert whole is None or whole.ranks == 1, (
+        f"{whole.ranks} ranks share the head in several ways: ask for one rank."
     )
 
 
