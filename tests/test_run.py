@@ -14,6 +14,7 @@ import torch
 
 import run
 from picotron_lab import checkpoint, state
+from picotron_lab.cases import cases
 from picotron_lab.config import MeshConfig
 from picotron_lab.lab import run_ranks
 from picotron_lab.trainer import Trainer
@@ -384,9 +385,12 @@ def test_export_and_import_round_trip(text, tmp_path):
 
 
 @pytest.mark.slow
-def test_verify_prints_a_table_and_json(capsys):
-    assert run.main(["verify"]) == 0
-    assert capsys.readouterr().out.count("\nok ") >= 20
+def test_verify_prints_a_table_and_json(capsys, monkeypatch):
+    """Every row as JSON, a few as a table."""
     assert run.main(["verify", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr(run, "cases", lambda: cases()[:5])
+    assert run.main(["verify"]) == 0
+    assert capsys.readouterr().out.count("\nok ") == 5
+    assert len(rows) == len(cases()) >= 80
     assert all(row["good"] and row["deviation"] <= row["limit"] for row in rows)

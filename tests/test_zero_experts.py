@@ -28,6 +28,12 @@ QUICK = {
     "alone with its experts": [(0, "naive"), (1, "fused"), (2, "fused"), (3, "fused")],
     "two ranks without experts": [(3, "plain")],
 }
+SLOW = {
+    "two by two": [(0, "naive")],
+    "three by two, tied": [(0, "overlapped"), (1, "plain"), (2, "fused"), (3, "plain")],
+    "alone with its experts": [(3, "plain")],
+    "two ranks without experts": [(0, "bucketed"), (1, "fused"), (2, "plain"), (3, "fused")],
+}
 impls = pytest.mark.parametrize("impl", ["plain", "fused"])
 
 
@@ -54,8 +60,11 @@ def assert_one_device(seen, expected):
 
 @pytest.mark.parametrize(
     ("name", "stage", "way"),
-    [slow_unless((s, way) in QUICK[name], name, s, way) for name in MESHES for s, way in WAYS],
-)
+    [
+        slow_unless(way in QUICK[name], name, *way)
+        for name in MESHES for way in WAYS if way in QUICK[name] + SLOW[name]
+    ],
+)  # fmt: skip
 def test_two_steps_of_sgd(name, stage, way):
     ranks, ep, case = MESHES[name]
     seen = run_ranks(mixed.train, ranks, ep, case, stage, way)
@@ -69,7 +78,7 @@ def test_two_steps_of_sgd(name, stage, way):
     ("name", "impl", "again"),
     [
         slow_unless(name == "two by two" and impl == again, name, impl, again)
-        for name in MESHES for impl in ("plain", "fused") for again in ("plain", "fused")
+        for name in list(MESHES)[:2] for impl in ("plain", "fused") for again in ("plain", "fused")
     ],
 )  # fmt: skip
 def test_recomputation_around_both_units(name, impl, again):
@@ -92,7 +101,8 @@ FROZEN = {
     ("name", "impl", "again"),
     [
         slow_unless(impl == again, name, impl, again)
-        for name in FROZEN for impl in ("plain", "fused") for again in ("none", "plain", "fused")
+        for name in FROZEN for impl, again in (("plain", "plain"), ("fused", "fused"),
+                                               ("plain", "none"), ("fused", "plain"))
     ],
 )  # fmt: skip
 def test_frozen_parts(name, impl, again):
@@ -171,7 +181,7 @@ def test_backward_through_experts_of_before(impl):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(1))
 @pytest.mark.parametrize(("stage", "impl"), STAGES)
 def test_any_order_of_the_ranks(stage, impl, seed):
     ranks, ep, case = MESHES["two ranks without experts"]
