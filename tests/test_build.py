@@ -36,7 +36,7 @@ MESHES = {
     "ep cp zero1": MeshConfig(dp=2, cp=2, cp_kind="ring", ep=4, zero=1),
     "ep zero3": MeshConfig(dp=6, ep=3, zero=3),
 }
-LONG = ("zero1 tp", "zero3 tp sp", "cp tp sp zero2", "ep cp zero1")
+LONG = ("zero1 tp", "zero3 tp sp", "cp tp sp zero2", "ep cp zero1", "ep zero3")
 ALONE = Axis("world", [0], 0, Alone(), Ledger())
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in MESHES]
 

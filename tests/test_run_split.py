@@ -8,13 +8,11 @@ import run
 SPLITS = {
     "zero3 tp": ["--dp", "2", "--tp", "2", "--zero", "3", "--sequence-parallel"],
     "zero2": ["--zero", "2", "--recompute", "full"],
-    "zero1 tp plain": ["--tp", "2", "--zero", "1", "--impl", "plain"],
     "cp": ["--cp", "4", "--cp-kind", "zigzag"],
     "cp tp plain": ["--cp", "2", "--cp-kind", "ring", "--tp", "2", "--impl", "plain"],
     "ep cp zero3": ["--ep", "2", "--cp", "2", "--cp-kind", "all-gather", "--zero", "3"],
-    "ep plain": ["--ep", "4", "--impl", "plain"],
 }
-QUICK = ("zero3 tp", "ep cp zero3")
+QUICK = ("ep cp zero3",)
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in SPLITS]
 EXPERTS = ["--experts", "5", "--shared-experts", "1", "--balance-loss", "0.01", "--z-loss", "0.01",
            "--balance-speed", "0.001", "--router", "sigmoid"]  # fmt: skip
