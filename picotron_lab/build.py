@@ -9,7 +9,7 @@ Order   inside layers: fused parts; tensor, vocabulary and sequence parallelism 
         over cp; experts over ep. All parameters: replicas over dp x cp, experts over those of them
         with the same experts. Around layers: ZeRO-3, which gathers a layer's weights, and outermost
         recomputation, which runs all of it again
-Read    build_model -> split_layers -> replicate -> synchroniser; what a record says: sharding.py
+Read    build_model -> split_layers -> synchroniser -> positions; what a record says: sharding.py
 Tests   tests/test_build.py
 """
 
@@ -51,7 +51,8 @@ def build_model(
         context_parallel.parallelize(model, mesh.cp, cfg.impl, mesh_cfg.context(cfg.impl))
     if model_cfg.experts and (mesh.ep.size > 1 or cfg.impl == "fused"):
         expert_parallel.parallelize(model, mesh.ep, cfg.impl)
-    replicate(model, mesh)
+    experts = expert_parallel.expert_parameters(model)
+    data_parallel.parallelize(model, mesh.replica, experts, mesh.expert_replica)
     if mesh_cfg.zero == 3:
         zero.shard_model(model, mesh.replica, cfg.impl, mesh.expert_replica)
     recompute.apply(model, cfg.recompute, cfg.impl)
@@ -71,14 +72,6 @@ def split_layers(model: Llama, mesh_cfg: MeshConfig, cfg: TrainConfig, mesh: Mes
         vocab_parallel.parallelize(model, mesh.tp, cfg.impl, algorithm)
     if mesh_cfg.sequence_parallel:
         sequence_parallel.parallelize(model, mesh.tp, cfg.impl)
-
-
-def replicate(model: nn.Module, mesh: Mesh) -> None:
-    """Ranks of dp x cp hold the same parameters and see other tokens; of experts, fewer of them."""
-    experts = set(expert_parallel.expert_parameters(model))
-    for parameter in model.parameters():
-        axis = mesh.expert_replica if parameter in experts else mesh.replica
-        sharding.add_axis(parameter, axis, partial=True)
 
 
 def synchroniser(

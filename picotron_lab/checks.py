@@ -7,7 +7,7 @@ Tests   tests/test_config.py
 
 import math
 
-from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig, require
+from picotron_lab.config import TWO_CHUNKS, MeshConfig, ModelConfig, TrainConfig, require
 
 
 def check_run(model: ModelConfig, mesh: MeshConfig, cfg: TrainConfig) -> None:
@@ -31,7 +31,7 @@ def _check_sequence(mesh: MeshConfig, cfg: TrainConfig) -> None:
     """Every rank has as many tokens of a sequence, in one chunk or in two."""
     kind = mesh.context(cfg.impl)
     parts, why = mesh.cp, [f"--cp {mesh.cp} --cp-kind {kind}"] * (mesh.cp > 1)
-    if mesh.cp > 1 and kind in ("zigzag", "all-gather"):
+    if mesh.cp > 1 and kind in TWO_CHUNKS:
         parts *= 2
     if mesh.sequence_parallel:
         parts = math.lcm(parts, mesh.cp * mesh.tp)

@@ -19,6 +19,7 @@ VOCABULARY = ("none", "naive", "1", "2")
 RECOMPUTE = ("none", "selective", "full")
 ROUTERS = ("softmax", "sigmoid")
 CP_KINDS = ("ring", "zigzag", "all-gather", "ulysses")
+TWO_CHUNKS = ("zigzag", "all-gather")  # kinds of which a rank holds an early and a late chunk
 
 
 class ConfigError(Exception):
@@ -35,7 +36,7 @@ def _option(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def require_ranges(config: object, ranges: dict[str, tuple[float, float, float]]) -> None:
+def _require_ranges(config: object, ranges: dict[str, tuple[float, float, float]]) -> None:
     """Every field must lie in its range (smallest, largest, a value that works)."""
     for field, (low, high, example) in ranges.items():
         value, option = getattr(config, field), _option(field)
@@ -88,7 +89,7 @@ class ModelConfig:
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        require_ranges(self, MODEL_RANGES)
+        _require_ranges(self, MODEL_RANGES)
         require(
             self.heads % self.kv_heads == 0,
             f"--kv-heads {self.kv_heads} must divide --heads {self.heads}; try --kv-heads 1.",
@@ -204,7 +205,7 @@ class MeshConfig:
     vocab_parallel: str = ""  # over tp; empty: naive for plain, 2 for fused
 
     def __post_init__(self) -> None:
-        require_ranges(self, MESH_RANGES)
+        _require_ranges(self, MESH_RANGES)
         require(
             self.dp * self.cp % self.ep == 0,
             f"--ep {self.ep} must divide --dp {self.dp} times --cp {self.cp}; try --ep 1.",
@@ -337,7 +338,7 @@ class TrainConfig:
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
-        require_ranges(self, TRAIN_RANGES)
+        _require_ranges(self, TRAIN_RANGES)
         self._check_choices()
         self._check_pairs()
 

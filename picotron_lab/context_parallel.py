@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from picotron_lab.analysis.context import Layer, measure, predictions
 from picotron_lab.attention_blocks import BLOCKS
 from picotron_lab.comm import Axis, Handle
-from picotron_lab.config import CP_KINDS, require
+from picotron_lab.config import CP_KINDS, TWO_CHUNKS, require
 from picotron_lab.lab import run_ranks
 from picotron_lab.model import AttentionCore
 from picotron_lab.router import Router
@@ -53,7 +53,6 @@ from picotron_lab.sharding import at_least_float32
 from picotron_lab.ulysses import ULYSSES
 
 Block = Sequence[Tensor]  # what travels: k, v [B, S, K, C]; documents [B, S], if there are any
-TWO_CHUNKS = ("zigzag", "all-gather")  # kinds of which a rank holds an early and a late chunk
 
 # ---- 1. the idea
 

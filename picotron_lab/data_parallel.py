@@ -20,7 +20,7 @@ Read    Naive -> Overlapped -> Bucketed -> Silent -> synchroniser -> over_axes -
 Try     python -m picotron_lab.data_parallel    Tests   tests/test_data_parallel.py
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -29,16 +29,26 @@ from torch import Tensor, nn
 from picotron_lab.comm import Axis, Handle
 from picotron_lab.lab import run_ranks
 from picotron_lab.ledger import Ledger
-from picotron_lab.sharding import group_by_size, replicate, zero_gradient
+from picotron_lab.sharding import add_axis, group_by_size, zero_gradient
 
 MIB = 2**20
 
 # ---- 1. the idea
 
 
-def parallelize(model: nn.Module, axis: Axis) -> None:
-    """Every rank of `axis` keeps the whole model; all gradients become partial over it."""
-    replicate(model, axis)
+def parallelize(
+    model: nn.Module,
+    axis: Axis,
+    experts: Iterable[nn.Parameter] = (),
+    expert_axis: Axis | None = None,
+) -> None:
+    """Every rank of `axis` keeps the whole model; all gradients become partial over it.
+
+    experts  parameters that fewer ranks keep, those of expert_axis: partial over that axis instead
+    """
+    apart = set(experts)
+    for parameter in model.parameters():
+        add_axis(parameter, expert_axis if parameter in apart else axis, partial=True)
 
 
 class Synchroniser(Protocol):

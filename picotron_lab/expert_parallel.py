@@ -156,11 +156,10 @@ def parallelize(model: nn.Module, axis: Axis, impl: str) -> None:
     impl     "plain" | "fused"
 
     Call it before any replicas over `axis` are recorded: it leaves records as they are, for each of
-    those ranks will hold other experts, with whole gradients. Afterwards call sharding.add_axis for
-    each parameter: experts over the ranks that hold the same ones, all else over all ranks with
-    other tokens. (data_parallel.parallelize over `axis`, before or after, takes experts for
-    replicas.) Freeze parameters on all ranks alike; and everything below a layer only if each rank
-    has an expert, for one without any gradient to compute would miss backward's calls.
+    those ranks will hold other experts, with whole gradients. Afterwards call
+    data_parallel.parallelize and name the experts, which fewer ranks hold; it would take them for
+    replicas like all else. Freeze parameters on all ranks alike; and everything below a layer only
+    if each rank has an expert, for one without any gradient to compute would miss backward's calls.
     AssertionError after such replicas, and for a MoE by itself, which no parent holds.
     """
     assert not isinstance(model, MoE), (

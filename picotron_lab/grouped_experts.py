@@ -223,7 +223,7 @@ def forward_one_by_one(
     """
     y_MD, gu_MG = torch.empty_like(x_MD), x_MD.new_empty(len(x_MD), gu_eGD.shape[1])
     activate = operators(x_MD).activate
-    for e, rows in enumerate(parts(ends_e)):
+    for e, rows in enumerate(row_ranges(ends_e)):
         torch.mm(x_MD[rows], gu_eGD[e].T, out=gu_MG[rows])
         torch.mm(activate(gu_MG[rows]), down_eDF[e].T, out=y_MD[rows])
     return y_MD, gu_MG
@@ -235,7 +235,7 @@ def backward_one_by_one(
     """Gradients of x, of gate | up and of down, zeros for an expert without rows."""
     dx_MD, dgu_eGD, ddown_eDF = (torch.empty_like(t) for t in (x_MD, gu_eGD, down_eDF))
     activate_backward = operators(dy_MD).activate_backward
-    for e, rows in enumerate(parts(ends_e)):
+    for e, rows in enumerate(row_ranges(ends_e)):
         dgu, h = activate_backward(dy_MD[rows] @ down_eDF[e], gu_MG[rows])
         torch.mm(dy_MD[rows].T, h, out=ddown_eDF[e])
         torch.mm(dgu.T, x_MD[rows], out=dgu_eGD[e])
@@ -243,7 +243,7 @@ def backward_one_by_one(
     return dx_MD, dgu_eGD, ddown_eDF
 
 
-def parts(ends_e: Tensor) -> list[slice]:
+def row_ranges(ends_e: Tensor) -> list[slice]:
     """The rows of each expert."""
     return [slice(start, end) for start, end in pairwise([0, *ends_e.tolist()])]
 

@@ -21,8 +21,8 @@ Idea    score     s = softmax or sigmoid of (x W^T), in float32 at least, for ev
                   the place of an earlier one.) The other gates stay as they were
         All of it is a function of whole sequences, or of the global batch: no mesh changes it, up
         to rounding. But a choice is discrete: where two scores differ by less than rounding, a
-        token may go elsewhere on another mesh. In bfloat16 some always do (in float32 and float64
-        none did in our tests), so experts' gradients agree less well there than all others.
+        token may go elsewhere on another mesh. In bfloat16 it happens, and gradients of
+        experts agree less well there than all others.
         A token without a label is routed and counted like any other; documents of one sequence
         share its balance and its capacity.
 Dims    B micro-batch  T sequence  D width  E experts  N = B*T tokens  k experts of a token
@@ -46,7 +46,7 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def parts(score: Tensor) -> Tensor:
+def normalised(score: Tensor) -> Tensor:
     """Scores divided by their sum over the last dim; 0 where all of them are too small for it."""
     tiny = torch.finfo(score.dtype).tiny
     return score / score.sum(-1, keepdim=True).clamp_min(tiny)
@@ -79,7 +79,7 @@ class Router(nn.Module):
         expert_BTk = choose(score_BTE.detach() + self.bias, cfg)
         gate_BTk = score_BTE.gather(-1, expert_BTk)
         if cfg.top_k > 1:
-            gate_BTk = parts(gate_BTk)
+            gate_BTk = normalised(gate_BTk)
         kept_BTk = keep(expert_BTk, cfg)
         gate_BTk = gate_BTk * kept_BTk
         if torch.is_grad_enabled():  # else there is no backward to penalise or to count
@@ -101,7 +101,7 @@ class Router(nn.Module):
         if self.cfg.balance_loss > 0:  # over_sequence may send
             whole_BE = self.over_sequence(counts_BE).to(score_BTE.dtype)
             often_BE = whole_BE / whole_BE.mean(-1, keepdim=True)
-            balance = (often_BE * parts(score_BTE).sum(1)).sum()
+            balance = (often_BE * normalised(score_BTE).sum(1)).sum()
         z = logits_BTE.logsumexp(-1).square().sum()
         penalty = self.cfg.balance_loss * balance + self.cfg.z_loss * z
         return penalty, {"counts_E": counts_BE.sum(0), "balance": balance.detach().double()}

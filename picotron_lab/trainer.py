@@ -89,7 +89,8 @@ class Trainer:
         )
         self._open_data(model_cfg)
         check_run(self.model_cfg, mesh_cfg, cfg)  # the vocabulary is known now
-        self.positions_T = build.positions(mesh_cfg, cfg, self.mesh).to(self.device)
+        positions_T = build.positions(mesh_cfg, cfg, self.mesh)  # of this rank's tokens
+        self.columns, self.positions_T = positions_T.numpy(), positions_T.to(self.device)
         self.model = build.build_model(self.model_cfg, mesh_cfg, cfg, self.mesh, self.device)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         wide = torch.promote_types(precision.DTYPES[cfg.dtype], torch.float32)
@@ -168,10 +169,10 @@ class Trainer:
 
     def _deal(self, step: int) -> list[tuple]:
         """This rank's micro-batches of global batch `step`: a contiguous run of its rows."""
-        size, columns = self.cfg.micro_batch_size, self.positions_T.cpu().numpy()
+        size = self.cfg.micro_batch_size
         first = self.mesh.dp.rank * self.microbatches * size
         rows = range(first, first + self.microbatches * size, size)
-        batches = [self.batches.micro_batch(step, row, size, columns) for row in rows]
+        batches = [self.batches.micro_batch(step, row, size, self.columns) for row in rows]
         return [self._to_model(batch, step) for batch in batches]
 
     def _to_model(self, batch: data.MicroBatch, step: int) -> tuple[Tensor, Tensor, Where]:
@@ -186,12 +187,13 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> float:
         """Mean token loss over all held-out text."""
-        dp, size, columns = self.mesh.dp, self.cfg.micro_batch_size, self.positions_T.cpu().numpy()
+        dp, size = self.mesh.dp, self.cfg.micro_batch_size
         held_out = data.Evaluation(self.held_out, self.cfg.sequence_length, size * dp.size)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.model.eval()
         for i in range(len(held_out)):
-            batch = self._to_model(held_out.micro_batch(i, dp.rank * size, size, columns), 0)
+            rows = held_out.micro_batch(i, dp.rank * size, size, self.columns)
+            batch = self._to_model(rows, 0)
             sums[0] += self.model(*batch)
             sums[1] += (batch[1] != IGNORED).sum()
         self.model.train()

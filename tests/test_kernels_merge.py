@@ -5,14 +5,11 @@ Run as a program, this file compiles the kernel for sm_90 and prints JSON facts:
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from kernel_process import compile_in_a_process
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="the fused kernels need Triton; the plain path does not")
@@ -226,16 +223,7 @@ def cases() -> dict:
 @pytest.fixture(scope="module")
 def compiled() -> dict:
     """What the compiler made of the kernel for sm_90, in a process without the interpreter."""
-    root = Path(__file__).parent.parent
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=environment | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return compile_in_a_process(__file__)
 
 
 def test_compiled_kernel_keeps_everything_in_registers(compiled):

@@ -1,16 +1,13 @@
 """The vocabulary kernels: against float64, by hand, within the fused loss, and as machine code."""
 
-import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_process import compile_in_a_process
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="the fused kernels need Triton; the plain path does not")
@@ -247,16 +244,7 @@ def test_refusals(device):
 @pytest.fixture(scope="module")
 def compiled() -> dict:
     """What the compiler made of the kernels for sm_90, in a process without the interpreter."""
-    root = Path(__file__).parent.parent
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, root / "tests" / "kernel_aot.py", "vocab"],
-        env=environment | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return compile_in_a_process(Path(__file__).parent / "kernel_aot.py", "vocab")
 
 
 def test_compiled_kernels_keep_everything_in_registers(compiled):

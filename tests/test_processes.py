@@ -159,7 +159,8 @@ for attempt in range(2):
         if "fail-first" in sys.argv and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             raise ValueError("the first attempt fails")
         total = world.all_reduce(torch.tensor(float(world.rank + 1))).item()
-print(f"rank {world.rank} of {world.size}, {ranks_per_node()} per node: {total}", flush=True)
+line = f"rank {world.rank} of {world.size}, {ranks_per_node()} per node: {total}\\n"
+os.write(1, line.encode())  # one write: ranks share the pipe, and print may write twice
 """
 
 

@@ -87,7 +87,7 @@ def a_rank_sees_the_future_of_its_own_chunk(patch):
 
 @killed_by("test_context_contract.py::test_work_of_the_busiest_rank[zigzag-plain-4]")
 def both_chunks_of_a_rank_are_neighbours(patch):
-    """Zigzag in name only: right in every number, and all wait for the last rank."""
+    """Zigzag in name only: the plain path's numbers stay right, and all wait for the last rank."""
 
     def chunks(kind, rank, size):
         return (2 * rank, 2 * rank + 1) if kind == "zigzag" and size > 1 else (rank,)
