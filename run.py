@@ -6,6 +6,9 @@ torchrun --nproc-per-node 4 run.py --dp 4    the same with 4 processes, one per 
 torchrun --nproc-per-node 4 run.py --tp 2 --sequence-parallel --zero 1
 torchrun --nproc-per-node 4 run.py --cp 4 --model moe-small --ep 4
 python run.py verify                         every technique beside one device
+python run.py schedule zb-h1 --pp 4          what each pipeline rank does when, and holds
+
+Torch is imported by the commands that compute, so that the others answer at once.
 """
 
 import argparse
@@ -16,19 +19,18 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from picotron_lab import checkpoint, config, state
+from picotron_lab import config
 from picotron_lab.cases import cases, sample
 from picotron_lab.checks import check_run
-from picotron_lab.comm import connect
 from picotron_lab.config import ConfigError, MeshConfig, ModelConfig, TrainConfig
-from picotron_lab.diagnose import TrainingError
-from picotron_lab.lab import run_ranks
 from picotron_lab.ledger import CommError
-from picotron_lab.session import train
-from picotron_lab.verify import verify
 
-COMMANDS = ("train", "verify", "export", "import")
+if TYPE_CHECKING:
+    from picotron_lab.checkpoint import Manifest
+
+COMMANDS = ("train", "verify", "schedule", "export", "import")
 SEVERAL_NODES = """
 several machines: start this on every node (NODES machines of 8 GPUs; HEAD is the first one's name)
   torchrun --nnodes NODES --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HEAD:29500 \\
@@ -164,8 +166,10 @@ def add_mesh_options(parser: Parser) -> None:
     mesh.add_argument("--ranks", type=int, metavar="N", help="N ranks as threads of this process")
 
 
-def find_checkpoint(given: dict) -> checkpoint.Manifest | None:
+def find_checkpoint(given: dict) -> "Manifest | None":
     """The checkpoint to resume from; refuses a folder that already holds another run."""
+    from picotron_lab import checkpoint
+
     if "resume" in given and given["resume"] != "latest":
         return checkpoint.read_manifest(Path(given["resume"]))
     folder = given.get("save_dir")
@@ -184,8 +188,10 @@ def choose(kind: type, given: dict, base: object) -> object:
     return dataclasses.replace(base, **{k: v for k, v in given.items() if k in names})
 
 
-def choose_model(given: dict, manifest: checkpoint.Manifest | None) -> ModelConfig:
+def choose_model(given: dict, manifest: "Manifest | None") -> ModelConfig:
     """The model: preset, file or checkpoint, changed by single options."""
+    from picotron_lab import state
+
     name = given.get("model", "tiny")
     if name not in config.PRESETS:
         raise ConfigError(f"--model {name} is not one of {', '.join(config.PRESETS)}.")
@@ -235,8 +241,10 @@ def choose_ranks(given: dict) -> tuple[int, MeshConfig]:
     return ranks, mesh_cfg
 
 
-def choose_options(given: dict, manifest: checkpoint.Manifest | None) -> TrainConfig:
+def choose_options(given: dict, manifest: "Manifest | None") -> TrainConfig:
     """Defaults, or the options of the run to go on with, changed by those given."""
+    from picotron_lab import state
+
     if manifest is None:
         return choose(TrainConfig, given, TrainConfig())
     tokenizer = state.choose_tokenizer(manifest, given.get("tokenizer"))
@@ -248,6 +256,11 @@ def choose_options(given: dict, manifest: checkpoint.Manifest | None) -> TrainCo
 
 def run_train(arguments: list[str]) -> None:
     """run.py [train]: check everything first, then start the ranks."""
+    from picotron_lab import state
+    from picotron_lab.comm import connect
+    from picotron_lab.lab import run_ranks
+    from picotron_lab.session import train
+
     given = vars(train_parser().parse_args(arguments))
     config.check_not_empty(given)
     manifest = find_checkpoint(given)
@@ -267,6 +280,8 @@ def run_train(arguments: list[str]) -> None:
 
 def run_verify(arguments: list[str]) -> int:
     """run.py verify: exit code 0 if every row equals one device."""
+    from picotron_lab.verify import verify
+
     parser = Parser("run.py verify", description="Compare every technique with one device.")
     parser.add_argument("--json", action="store_true", help="rows as JSON")
     parser.add_argument("--all", action="store_true", help="also 40 random products of everything")
@@ -278,8 +293,19 @@ def run_verify(arguments: list[str]) -> int:
     return 0 if all(row.good for row in rows) else 1
 
 
+def run_schedule(arguments: list[str]) -> None:
+    """run.py schedule: what each rank of a pipeline does when, simulated."""
+    from picotron_lab.analysis import show
+
+    parser = Parser("run.py schedule", description=run_schedule.__doc__, allow_abbrev=False)
+    show.add_options(parser)
+    show.show(parser.parse_args(arguments))
+
+
 def run_export(arguments: list[str]) -> None:
     """run.py export: a checkpoint becomes a Hugging Face Llama folder."""
+    from picotron_lab import state
+
     parser = Parser("run.py export", description=run_export.__doc__)
     parser.add_argument("--checkpoint", required=True, help="a checkpoint, or a folder of them")
     parser.add_argument("--hf", required=True, metavar="DIR", help="the folder to write")
@@ -290,6 +316,8 @@ def run_export(arguments: list[str]) -> None:
 
 def run_import(arguments: list[str]) -> None:
     """run.py import: a Hugging Face Llama folder becomes a checkpoint to train from."""
+    from picotron_lab import state
+
     parser = Parser("run.py import", description=run_import.__doc__)
     parser.add_argument("--hf", required=True, metavar="DIR", help="a Hugging Face Llama folder")
     parser.add_argument("--save-dir", required=True, help="a new folder for the checkpoint")
@@ -298,11 +326,19 @@ def run_import(arguments: list[str]) -> None:
     print(f"wrote {path}; go on with: python run.py --save-dir {args.save_dir} --resume --data ...")
 
 
+def training_errors() -> tuple[type[Exception], ...]:
+    """What a run on good options may still meet, to be told without a traceback."""
+    from picotron_lab.diagnose import TrainingError
+
+    return CommError, TrainingError
+
+
 def main(arguments: list[str]) -> int:
     """Call the command; turn what the user can mend into a sentence and an exit code."""
     command = arguments[0] if arguments and arguments[0] in COMMANDS else "train"
     rest = arguments[1:] if arguments and arguments[0] in COMMANDS else arguments
-    run = {"train": run_train, "verify": run_verify, "export": run_export, "import": run_import}
+    run = {"train": run_train, "verify": run_verify, "schedule": run_schedule}
+    run |= {"export": run_export, "import": run_import}
     rank = int(os.environ.get("RANK", "0"))
     try:
         return run[command](rest) or 0
@@ -310,15 +346,15 @@ def main(arguments: list[str]) -> int:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except (CommError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except training_errors() as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

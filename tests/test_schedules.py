@@ -1,0 +1,356 @@
+"""Every schedule: its lists by hand, the published table, closed forms of bubble and peak."""
+
+from itertools import product
+
+import pytest
+
+from picotron_lab.schedules import squeeze, v_shape
+from picotron_lab.schedules.actions import (
+    Action,
+    Pair,
+    Schedule,
+    ScheduleError,
+    last_backwards,
+    parse,
+    parts,
+)
+from picotron_lab.schedules.costs import Costs, Options, parse_costs
+from picotron_lab.schedules.registry import NAMES, build
+from picotron_lab.schedules.simulate import peaks, simulate
+from picotron_lab.schedules.validator import validate
+
+UNIT = Costs()
+
+
+def bubbles(schedule: Schedule, costs: Costs = UNIT) -> tuple[float, float]:
+    """Of the makespan; and of the stage: the longest idle time between first start and last end."""
+    line = simulate(schedule, costs)
+    work = [sum(map(costs.of, items)) for items in schedule.lists]
+    spans = zip(line.starts, line.ends, work, strict=True)
+    idle = max(ends[-1] - starts[0] - busy for starts, ends, busy in spans)
+    return line.makespan - max(work), idle
+
+
+def messages(schedule: Schedule) -> int:
+    """Results of F, B and BW that another rank needs."""
+    count = 0
+    for rank, items in enumerate(schedule.lists):
+        for action in (action for item in items for action in parts(item)):
+            to = action.stage + {"F": 1, "W": schedule.stages}.get(action.kind, -1)
+            inside = 0 <= to < schedule.stages
+            count += inside and schedule.rank_of(to, action.microbatch) != rank
+    return count
+
+
+# ---- lists worked by hand
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "lists"),
+    [
+        ("afab", (2, 2), ["F0.0 F0.1 BW0.0 BW0.1", "F1.0 F1.1 BW1.0 BW1.1"]),
+        ("1f1b", (2, 3), ["F0.0 F0.1 BW0.0 F0.2 BW0.1 BW0.2", "F1.0 BW1.0 F1.1 BW1.1 F1.2 BW1.2"]),
+        (
+            "eager-1f1b", (2, 4),
+            [
+                "F0.0 F0.1 F0.2 BW0.0 F0.3 BW0.1 BW0.2 BW0.3",
+                "F1.0 BW1.0 F1.1 BW1.1 F1.2 BW1.2 F1.3 BW1.3",
+            ],
+        ),
+        (
+            "zb-h1", (2, 3),
+            [
+                "F0.0 F0.1 B0.0 W0.0 F0.2 B0.1 W0.1 B0.2 W0.2",
+                "F1.0 B1.0 F1.1 B1.1 W1.0 F1.2 B1.2 W1.1 W1.2",
+            ],
+        ),
+        (
+            "zb-h2", (2, 4),
+            [
+                "F0.0 F0.1 F0.2 B0.0 W0.0 F0.3 B0.1 W0.1 B0.2 W0.2 B0.3 W0.3",
+                "F1.0 B1.0 F1.1 B1.1 F1.2 B1.2 W1.0 F1.3 B1.3 W1.1 W1.2 W1.3",
+            ],
+        ),
+        (
+            "dualpipe", (2, 4),
+            [
+                "F0.0 F1.2 F0.1 BW1.2 F1.3&BW0.0 BW1.3 B0.1 W0.1",
+                "F0.2 F1.0 F0.3 BW1.0 F1.1&BW0.2 BW1.1 B0.3 W0.3",
+            ],
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_small_lists(name, size, lists):
+    assert [" ".join(map(str, items)) for items in build(name, *size).lists] == lists
+
+
+def test_small_sliced_list():
+    schedule = build("seq1f1b", 2, 2, Options(slices=2))
+    assert [" ".join(map(str, items)) for items in schedule.lists] == [
+        "F0.0 F0.0/1 F0.1 BW0.0/1 F0.1/1 BW0.0 BW0.1/1 BW0.1",
+        "F1.0 F1.0/1 BW1.0/1 F1.1 BW1.0 F1.1/1 BW1.1/1 BW1.1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "placement"),
+    [
+        ("1f1b", ((0,), (1,), (2,), (3,))),
+        ("interleaved", ((0, 4), (1, 5), (2, 6), (3, 7))),
+        ("zb-v", ((0, 7), (1, 6), (2, 5), (3, 4))),
+        ("dualpipe", ((0, 3), (1, 2), (2, 1), (3, 0))),
+        ("dualpipe-v", ((0, 7), (1, 6), (2, 5), (3, 4))),
+    ],
+)
+def test_placement(name, placement):
+    schedule = build(name, 4, 8)
+    assert schedule.placement == placement
+    assert (schedule.ranks, schedule.stages) == (4, 1 + max(map(max, placement)))
+    assert schedule.rank_of(1, 3) == 1
+    assert schedule.rank_of(1, 4) == (2 if schedule.replicated else 1)
+
+
+# ---- the published table: p = 4, m = 8, F = B = W = 1 for a chunk
+
+
+TABLE = """
+afab 1 33 9 9 .2727 8,8,8,8 48
+1f1b 1 33 9 9 .2727 4,3,2,1 48
+eager-1f1b 1 33 9 9 .2727 7,5,3,1 48
+interleaved 2 57 9 9 .1579 11,9,7,5 112
+interleaved 4 105 9 9 .0857 19,17,15,13 240
+zb-h1 1 27 3 3 .1111 4,4,4,4 48
+zb-h2 1 27 3 0 .1111 7,7,7,7 48
+interleaved-zb 2 51 3 3 .0588 8,8,8,8 112
+zb-v 2 51 3 0 .0588 8,8,8,8 96
+v-half 2 53 5 5 .0943 6,6,6,6 96
+v-min 2 59 11 11 .1864 4,4,4,4 96
+v-1f1b 2 63 15 15 .2381 6,6,6,6 96
+dualpipe 2 26 2 2 .0769 5,5,5,5 48
+dualpipe-v 2 54 6 6 .1111 9,9,9,9 96
+"""
+
+
+@pytest.mark.parametrize("row", TABLE.split("\n")[1:-1])
+def test_published_table(row):
+    name, v, makespan, *idle, ratio, peak, sent = row.split()
+    schedule = build(name, 4, 8, Options(virtual_stages=int(v)))
+    validate(schedule, memory_limit=max(map(float, peak.split(","))))
+    assert simulate(schedule).makespan == float(makespan)
+    assert bubbles(schedule) == tuple(map(float, idle))
+    assert f"{bubbles(schedule)[0] / float(makespan):.4f}".lstrip("0") == ratio
+    assert peaks(schedule) == tuple(map(float, peak.split(",")))
+    assert messages(schedule) == int(sent)
+
+
+# ---- closed forms of bubble and peak, for all sizes
+
+
+COSTS = [Costs(), Costs(F=3, B=4, W=2), Costs(F=1.25, B=1.0, W=0.5)]
+EQUAL = [Costs(F=t, B=t, W=t) for t in (1, 2.5)]
+PAIRS = [Costs(F=t, B=t, W=w) for t, w in ((1, 1), (3, 2), (2, 0.5))]
+FORMS = {  # schedule -> (smallest m, bubble of the makespan or stage, peak of rank r, costs)
+    "afab": (lambda p: 1, 0, lambda p, r, m, v: m, COSTS),
+    "1f1b": (lambda p: 1, 0, lambda p, r, m, v: min(m, p - r), COSTS),
+    "eager-1f1b": (lambda p: 1, 0, lambda p, r, m, v: min(m, 2 * (p - r) - 1), COSTS),
+    "interleaved": (
+        lambda p: p, 0, lambda p, r, m, v: min(m * v, (v - 1) * p + 2 * (p - 1 - r) + 1), COSTS
+    ),
+    "zb-h1": (lambda p: p, 0, lambda p, r, m, v: p, COSTS),
+    "zb-h2": (lambda p: 2 * p - 1, 1, lambda p, r, m, v: 2 * p - 1, COSTS),
+    "interleaved-zb": (lambda p: p, 0, lambda p, r, m, v: v * p, COSTS),
+    "zb-v": (lambda p: 2 * p - 1, 1, lambda p, r, m, v: 2 * p, EQUAL),
+    "dualpipe": (lambda p: 2 * p, 0, lambda p, r, m, v: p + 1, PAIRS),
+    "dualpipe-v": (lambda p: 2 * p, 0, lambda p, r, m, v: min(2 * p + 1, 2 * m), PAIRS),
+    "seq1f1b": (lambda p: 1, 0, lambda p, r, m, v: min(m * v, p - r - 1 + v) / v, COSTS),
+}  # fmt: skip
+
+
+def bubble(name: str, p: int, costs: Costs) -> float:
+    """In times of one stage of the schedule, or one slice."""
+    f, b, w = costs.F, costs.B, costs.W
+    if name in ("zb-h1", "interleaved-zb"):
+        return (p - 1) * (f + b - w)
+    if name == "zb-h2":
+        return (p - 1) * (f + b - 2 * w)
+    if name.startswith("dualpipe"):  # a pair takes the sum, and so does BW
+        return (p / 2 - 1 if name == "dualpipe" else p - 1) * ((f + b + w) + (b + w) - 3 * w)
+    return 0 if name == "zb-v" else (p - 1) * (f + b + w)
+
+
+def sizes(name: str, ps, ms):
+    """(p, m, v or n) that the closed forms cover."""
+    least = FORMS[name][0]
+    for p, m in product(ps, ms):
+        grouped = not name.startswith("interleaved") or m % p == 0
+        even = name != "dualpipe" or p % 2 == m % 2 == 0
+        if m >= least(p) and grouped and even:
+            several = name in ("interleaved", "interleaved-zb", "seq1f1b")
+            yield from ((p, m, v) for v in ((2, 3) if several else (1,)))
+
+
+def check_forms(name: str, p: int, m: int, v: int) -> None:
+    _, which, peak, times = FORMS[name]
+    sliced = name == "seq1f1b"
+    options = Options(slices=v) if sliced else Options(virtual_stages=v if v > 1 else 0)
+    schedule = build(name, p, m, options)
+    validate(schedule)
+    assert peaks(schedule) == pytest.approx([peak(p, r, m, v) for r in range(p)]), (p, m, v)
+    for costs in times:
+        assert bubbles(schedule, costs)[which] == pytest.approx(bubble(name, p, costs)), (p, m, v)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_closed_forms(name):
+    for size in sizes(name, (1, 2, 3, 4, 6, 7, 16), (1, 2, 3, 4, 7, 8, 12, 15, 21, 32)):
+        check_forms(name, *size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMS)
+def test_closed_forms_of_every_size(name):
+    for size in sizes(name, range(1, 17), (1, 2, *range(3, 33), 39, 48, 63, 64)):
+        check_forms(name, *size)
+
+
+def test_memory_between_b_and_w():
+    """Zero Bubble, table 2: (p-r) M_B + r M_W for ZB-H1, (2(p-r)-1) M_B + 2r M_W for ZB-H2."""
+    for p, m, kept in product((1, 2, 3, 4, 8), (16, 21), (0, 0.5, 32 / 34, 1)):
+        one, two = (peaks(build(name, p, m), kept) for name in ("zb-h1", "zb-h2"))
+        assert one == pytest.approx([p - r + r * kept for r in range(p)])
+        assert two == pytest.approx([2 * (p - r) - 1 + 2 * r * kept for r in range(p)])
+
+
+def test_zb_with_few_micro_batches():
+    """For m <= p any zero-bubble schedule takes (m+p-1)(tF+tB)+tW (Zero Bubble, appendix)."""
+    costs = Costs(F=3, B=4, W=2)
+    for p, m, name in product((2, 3, 5, 8), (1, 2, 3, 5, 8), ("zb-h1", "zb-h2")):
+        if m <= p:
+            assert simulate(build(name, p, m), costs).makespan == (m + p - 1) * 7 + 2, (name, p, m)
+
+
+def test_controllable_memory():
+    """V-Half: half of 1F1B's peak; V-Min: a third; published bubbles for p = 4 and 8."""
+    published = {"v-half": {4: 5, 8: 17}, "v-min": {4: 11, 8: 27}, "v-1f1b": {4: 15, 8: 33}}
+    for p in range(2, 17):
+        held = {
+            "v-half": p + 2 - p % 2,
+            "v-min": 2 * -(-(p + 2) // 3),
+            "v-1f1b": 2 * ((2 * p + 2) // 3 + (p % 3 == 0)),
+        }
+        most = {"v-half": 3 * p - 4 if p % 2 else max(1, 3 * p - 7), "v-min": 4 * p - 5}
+        most["v-1f1b"] = 5 * (p - 1)
+        for name, m in product(held, (2 * p, 3 * p + 5) if p < 10 else (2 * p,)):
+            schedule = build(name, p, m)
+            assert max(peaks(schedule)) == held[name], (name, p, m)
+            idle = bubbles(schedule)[0]
+            assert idle <= published[name].get(p, most[name]), (name, p, m)
+            assert name != "v-half" or idle == most[name]
+
+
+def test_stretching_a_schedule_is_making_a_longer_one():
+    for p in (1, 2, 3, 4, 6, 7):
+        straight = tuple((r, 2 * p - 1 - r, 2 * p + r, 4 * p - 1 - r) for r in range(p))
+        blocks = [v_shape.v_half_block(p)] + [squeeze.Block(straight)] * (p % 3 > 0)
+        for block, m in product(blocks, (3 * p + 3, 5 * p)):
+            lists = squeeze.run(block, *squeeze.squeeze(block, m))
+            made = squeeze.finite("any", block, m).lists
+            for r, passes in enumerate(lists):
+                assert squeeze._actions(block, r, passes) == made[r]
+
+
+def test_all_sizes_run():
+    """Every m, less than p and no multiple of it too, or a sentence with one that works."""
+    strict = ("interleaved", "interleaved-zb", "dualpipe", "dualpipe-v")
+    handmade = [name for name in NAMES if "auto" not in name]
+    for name, p, m in product(handmade, (1, 2, 3, 4, 8), (1, 2, 3, 5, 8, 16, 17)):
+        try:
+            schedule = build(name, p, m)
+        except ScheduleError as error:
+            assert name in strict
+            better = int(str(error).rstrip(".").split()[-1])
+            size = (better, 4 * better) if "number of ranks" in str(error) else (p, better)
+            schedule = build(name, *size)
+        validate(schedule)
+
+
+# ---- choices
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("2f2b", 4, 8), "schedule '2f2b' is unknown: choose one of afab, 1f1b"),
+        (("1f1b", 0, 8), "ranks 0 is too small for 1f1b: give 1 or more"),
+        (("1f1b", 4, 0), "microbatches 0 is too small"),
+        (("1f1b", 4, 8, Options(virtual_stages=2)), "virtual stages 2 do not fit 1f1b"),
+        (("zb-v", 4, 8, Options(virtual_stages=3)), "whose ranks hold 2: leave"),
+        (("interleaved", 4, 8, Options(virtual_stages=-1)), "virtual stages -1 are too few"),
+        (("1f1b", 4, 8, Options(slices=2)), "token slices 2 do not fit 1f1b, .* seq1f1b"),
+        (("seq1f1b", 4, 8, Options(slices=0)), "token slices 0 are too few"),
+        (("interleaved", 4, 9), "cannot group 9 micro-batches .* multiple of 4, such as 8"),
+        (("dualpipe", 3, 8), "even number of ranks.* not 3: .*-v, or the even number 4"),
+        (("dualpipe", 4, 9), "8 or more, not 9: choose 10"),
+        (("dualpipe-v", 4, 7), "8 or more micro-batches, not 7: choose 8"),
+    ],
+)
+def test_wrong_choices(arguments, sentence):
+    with pytest.raises(ScheduleError, match=sentence):
+        build(*arguments)
+
+
+def test_strings():
+    texts = "F2.3 B0.1 W1.0 BW2.3/1 S.3 T.0 IF.3 IB.12 R0 G1 F0.4&BW7.1"
+    assert " ".join(map(str, map(parse, texts.split()))) == texts
+
+
+def test_what_strings_mean():
+    assert parse("BW2.3/1") == Action("BW", 2, 3, 1)
+    assert parse("S.3") == Action("S", 0, 3)
+    assert parse("F0.4&BW7.1") == Pair(Action("F", 0, 4), Action("BW", 7, 1))
+    assert parts(parse("F0.4&BW7.1")) == (Action("F", 0, 4), Action("BW", 7, 1))
+    assert parts(parse("W0.4")) == (Action("W", 0, 4),)
+
+
+@pytest.mark.parametrize("text", ["", "F", "F2", "F.3", "S1.3", "F2.3/", "F2.3&", "f2.3", "F2.3 "])
+def test_wrong_strings(text):
+    with pytest.raises(ScheduleError, match="is no action: write it like F2.3"):
+        parse(text)
+
+
+def test_unknown_kinds():
+    with pytest.raises(ScheduleError, match="kind is one of F, B, W, BW.*, not 'X'"):
+        Action("X", 0, 1)
+    with pytest.raises(ScheduleError, match="not 'X'"):
+        parse("X0.1")
+
+
+def test_last_backwards():
+    texts = "F0.0 BW0.0 F0.1 F1.0 B1.0 W1.0 B0.1 W0.1 R0"
+    assert last_backwards(list(map(parse, texts.split()))) == {5, 7}
+
+
+def test_costs():
+    costs = parse_costs("F=2,B=3,W=0.5,transfer=1e-2")
+    assert costs == Costs(F=2, B=3, W=0.5, transfer=0.01)
+    assert [costs.of(parse(text)) for text in ("F0.0", "BW0.0", "S.1", "F0.1&BW3.0")] == [
+        2, 3.5, 1, 5.5,
+    ]  # fmt: skip
+    uneven = Costs(F=2, pair=5, factors=(1, 3))
+    assert [uneven.of(parse(text)) for text in ("F0.0", "F1.0", "IF.0", "F0.1&BW1.0")] == [
+        2, 6, 1, 10,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["F", "F=", "F=x", "Q=1", "F=-1", "factors=1", "F=1;B=2"])
+def test_wrong_costs(text):
+    with pytest.raises(ScheduleError, match="needs a name of F, B, W.* and a time, as in F=1"):
+        parse_costs(text)
+
+
+def test_impossible_costs():
+    with pytest.raises(ScheduleError, match="cost W=-1 is no time"):
+        Costs(W=-1)
+    with pytest.raises(ScheduleError, match="is no time"):
+        Costs(factors=(1, float("nan")))
