@@ -5,6 +5,7 @@ python run.py --ranks 4                      the same with 4 data-parallel ranks
 torchrun --nproc-per-node 4 run.py --dp 4    the same with 4 processes, one per GPU if any
 torchrun --nproc-per-node 4 run.py --tp 2 --sequence-parallel --zero 1
 torchrun --nproc-per-node 4 run.py --cp 4 --model moe-small --ep 4
+torchrun --nproc-per-node 4 run.py --pp 4 --schedule zb-h1 --micro-batch-size 2
 python run.py verify                         every technique beside one device
 python run.py schedule zb-h1 --pp 4          what each pipeline rank does when, and holds
 
@@ -15,15 +16,15 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from picotron_lab import config
-from picotron_lab.cases import cases, sample
-from picotron_lab.checks import check_run
+from picotron_lab import checks, config
+from picotron_lab.cases import PIPELINES, cases, sample
 from picotron_lab.config import ConfigError, MeshConfig, ModelConfig, TrainConfig
 from picotron_lab.ledger import CommError
 
@@ -129,6 +130,10 @@ def train_parser() -> Parser:
         shown = "" if default in (None, "", 0) else f" (default: {default})"
         training.add_argument(option, type=kind, help=text + shown, metavar=kind.__name__.upper())
     training.add_argument(
+        "--post-validation", action="store_true",
+        help="pipeline stages clip by what they know and step at once; a wrong step is taken back",
+    )
+    training.add_argument(
         "--resume", nargs="?", const="latest", metavar="CHECKPOINT",
         help="go on from a checkpoint (default: the newest one in --save-dir, if there is any)",
     )  # fmt: skip
@@ -163,7 +168,26 @@ def add_mesh_options(parser: Parser) -> None:
         "--ep", type=int, metavar="N",
         help="share the experts out among N of the dp x cp ranks (default: 1)",
     )
+    add_pipeline_options(mesh)
     mesh.add_argument("--ranks", type=int, metavar="N", help="N ranks as threads of this process")
+
+
+def add_pipeline_options(mesh: argparse._ArgumentGroup) -> None:
+    """How layers are dealt to pipeline ranks, and who computes what when."""
+    mesh.add_argument("--pp", type=int, metavar="N", help="pipeline ranks (default: 1)")
+    mesh.add_argument(
+        "--schedule", metavar="NAME",
+        help="of the pipeline, see run.py schedule --help (default: 1f1b)",
+    )
+    mesh.add_argument(
+        "--virtual-stages", type=int, metavar="V",
+        help="stages per pipeline rank, for interleaved and interleaved-zb (default: 2)",
+    )
+    mesh.add_argument(
+        "--pp-layers", metavar="STR",
+        help="layers of each stage: even, balanced (embedding and head counted), or their numbers, "
+        "such as 4,4,4,2 (default: even)",
+    )
 
 
 def find_checkpoint(given: dict) -> "Manifest | None":
@@ -232,9 +256,9 @@ def choose_files(cfg: TrainConfig, resumed: bool) -> TrainConfig:
 
 def choose_ranks(given: dict) -> tuple[int, MeshConfig]:
     """How many ranks there are, and their mesh."""
-    config.check_ranks(given.get("ranks"), launched="RANK" in os.environ)
+    checks.check_ranks(given.get("ranks"), launched="RANK" in os.environ)
     ranks = given.get("ranks") or int(os.environ.get("WORLD_SIZE", "1"))
-    others = max(1, given.get("tp", 1)) * max(1, given.get("cp", 1))
+    others = math.prod(max(1, given.get(axis, 1)) for axis in ("pp", "cp", "tp"))
     dp = given.get("dp", max(1, ranks // others))
     mesh_cfg = choose(MeshConfig, given, MeshConfig(dp=dp))
     mesh_cfg.check_world(ranks)
@@ -262,12 +286,12 @@ def run_train(arguments: list[str]) -> None:
     from picotron_lab.session import train
 
     given = vars(train_parser().parse_args(arguments))
-    config.check_not_empty(given)
+    checks.check_not_empty(given)
     manifest = find_checkpoint(given)
     cfg = choose_options(given, manifest)
     model_cfg = choose_model(given, manifest)
     ranks, mesh_cfg = choose_ranks(given)
-    check_run(model_cfg, mesh_cfg, cfg)
+    checks.check_run(model_cfg, mesh_cfg, cfg)
     if manifest:
         state.check_resume(manifest, model_cfg, cfg)
     cfg = choose_files(cfg, manifest is not None)
@@ -284,9 +308,9 @@ def run_verify(arguments: list[str]) -> int:
 
     parser = Parser("run.py verify", description="Compare every technique with one device.")
     parser.add_argument("--json", action="store_true", help="rows as JSON")
-    parser.add_argument("--all", action="store_true", help="also 40 random products of everything")
+    parser.add_argument("--all", action="store_true", help="also 100 random products of everything")
     args = parser.parse_args(arguments)
-    chosen = [*cases(), *sample(40)] if args.all else cases()
+    chosen = [*cases(), *sample(40), *sample(60, PIPELINES)] if args.all else cases()
     rows = verify(chosen, show=(lambda line: None) if args.json else print)
     if args.json:
         print(json.dumps([row.as_dict() for row in rows], indent=1))
@@ -346,6 +370,9 @@ def main(arguments: list[str]) -> int:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads has enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 2

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from picotron_lab import data_parallel, mesh, optim, precision, sharding
 from picotron_lab.alone import Alone
 from picotron_lab.analysis import cost, hardware, memory
+from picotron_lab.build import build_model
 from picotron_lab.comm import Axis
 from picotron_lab.config import PRESETS, MeshConfig, ModelConfig, TrainConfig
 from picotron_lab.dropout import Where
 from picotron_lab.ledger import Ledger
-from picotron_lab.schedules.basic import accumulation
-from picotron_lab.trainer import OneStage, build_model
+from picotron_lab.pipeline_parallel import FusedExecutor
+from picotron_lab.schedules.basic import one_f_one_b
 
 ROWS = ("ours-plain", "ours-fused", "ours-fused-compiled", "hugging-face-sdpa")
 
@@ -63,7 +64,7 @@ def build(
     if row == "hugging-face-sdpa":
         return HuggingFace(model_cfg, device)
     cfg = replace(cfg, impl="plain" if row == "ours-plain" else "fused")
-    model = build_model(model_cfg, cfg, axes, device)
+    model = build_model(model_cfg, MeshConfig(), cfg, axes, one_f_one_b(1, 1), device)
     if row == "ours-fused-compiled":
         for block in model.layers:
             block.compile()
@@ -76,23 +77,25 @@ class Loop:
 
     model: nn.Module
     axes: mesh.Mesh
-    stage: OneStage
+    executor: FusedExecutor
     masters: precision.MasterWeights
     optimizer: torch.optim.Optimizer
 
     @staticmethod
-    def around(model: nn.Module, cfg: TrainConfig, axes: mesh.Mesh) -> "Loop":
+    def around(model: nn.Module, cfg: TrainConfig, axes: mesh.Mesh, micro_batches: int) -> "Loop":
         """What the trainer sets up with --impl fused, around any model."""
         parameters = list(model.parameters())
         precision.accumulate_in(parameters, torch.float32)
         masters = precision.MasterWeights(parameters)
-        stage = OneStage(model, data_parallel.synchroniser("silent", parameters, axes.replica))
-        return Loop(model, axes, stage, masters, optim.build(masters.weights, cfg))
+        sync = data_parallel.synchroniser("silent", parameters, axes.replica)
+        schedule = one_f_one_b(1, micro_batches)
+        executor = FusedExecutor({0: model}, schedule, axes.pp, {0: sync})
+        return Loop(model, axes, executor, masters, optim.build(masters.weights, cfg))
 
     def step(self, batches: list[tuple[Tensor, Tensor, Where]]) -> Tensor:
         """Train on some micro-batches; the mean token loss before the step, left on the device."""
         tokens = sum(labels_BT.numel() for _, labels_BT, _ in batches)
-        loss_sum = self.stage.run(accumulation(len(batches))[0], batches, tokens)
+        loss_sum = self.executor.run(batches, tokens)
         optim.clip(list(self.model.parameters()), 1.0, self.axes.world, self.axes.axes)
         self.masters.take_gradients()
         self.optimizer.step()
@@ -150,7 +153,7 @@ def measure(args: argparse.Namespace) -> dict:
     count = args.warm_up + args.steps
     steps = [make_batches(i, model_cfg.vocab_size, shape, device) for i in range(count)]
     axes = mesh.build(Axis("world", [0], 0, Alone(), Ledger()), MeshConfig())
-    loop = Loop.around(build(args.row, model_cfg, cfg, axes, device), cfg, axes)
+    loop = Loop.around(build(args.row, model_cfg, cfg, axes, device), cfg, axes, shape[0])
     # torch.compile traces now: it would break the graph at a bf16 weight with a float32 gradient
     loop.model(*steps[0][0])
     losses, seconds = timed_steps(loop, steps, device)

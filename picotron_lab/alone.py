@@ -1,4 +1,4 @@
-"""Worlds of one rank: alone, and nobody.
+"""Worlds of one rank: alone, and nobody; and what every world answers with: work under way.
 
 Idea    An axis of size 1 needs no world at all, so that the same code serves size 1 and size n. And
         one process can run rank r of a job of any size, if nobody answers it with tensors of the
@@ -8,7 +8,7 @@ Use     Axis("world", range(640), 17, Nobody(), Ledger()) is rank 17 of 640
 Tests   tests/test_comm.py
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -21,12 +21,38 @@ class Work(Protocol):
     def wait(self) -> None:
         """Return when it is over; raise CommError when it never will be."""
 
+    def done(self) -> bool:
+        """Whether wait() would return at once."""
+
 
 class Done:
     """Work that is already over."""
 
     def wait(self) -> None:
         """Nothing to wait for."""
+
+    def done(self) -> bool:
+        return True
+
+
+class Handle:
+    """A result that is on its way; `wait()` returns it, as often as asked."""
+
+    def __init__(self, work: Work, result: Any, out: Tensor | None = None):
+        self._work, self._result, self._out = work, result, out
+
+    def wait(self) -> Any:
+        """The result, when it is there."""
+        self._work.wait()
+        if self._out is not None:
+            if not self._out.is_contiguous():  # then the call went through a buffer of its own
+                self._out.detach().copy_(self._result)
+            self._result, self._out = self._out, None
+        return self._result
+
+    def done(self) -> bool:
+        """Whether wait() would return at once. Do wait in the end: some calls tell only then."""
+        return self._work.done()
 
 
 class Alone:

@@ -3,12 +3,15 @@
 Idea    A rank runs until it has to wait for another; then it hands the baton to a rank that can go
         on: in rank order, or by seeded dice. If there is none, every rank waits for another: a
         deadlock, known at once. A rank that fails stops the others at their next communication.
+        One that asks whether a call is done lets others go on first; in virtual time (clock.py) it
+        goes on when all others wait or ask too, and it is the earliest: so no seed changes answers.
 Rules   The random state (torch, numpy, random) travels with the ranks: each finds it as it left it,
         and the caller of run_ranks too. All ranks begin with the caller's. Modes that belong to a
         thread (no_grad, autocast, the current GPU) begin fresh in each rank.
 Read    Baton.run -> _live -> wait_until -> _pass_on        Tests  tests/test_lab.py
 """
 
+import math
 import random
 import threading
 from collections.abc import Callable
@@ -32,6 +35,7 @@ class Wait:
 
     ready: Callable[[], bool]
     words: str
+    moment: float = -math.inf  # in virtual time, of a rank that asks; who has none comes first
 
 
 class Baton:
@@ -108,6 +112,11 @@ class Baton:
         while not ready():
             self._turn(rank, Wait(ready, words))
 
+    def pause(self, rank: int, words: str, moment: float) -> None:
+        """Let others go on first; with a finite `moment`, all who can, and who is earlier."""
+        self.enter(rank, words)
+        self._turn(rank, Wait(lambda: True, words, moment))
+
     def _turn(self, rank: int, wait: Wait) -> None:
         self._waits[rank] = wait
         state = _random_state()
@@ -128,7 +137,15 @@ class Baton:
         if not able and self._failure is None:
             self._failure = CommError(self._explain_deadlock())
         able = alive if self._failure is not None else able
-        self._gates[self._dice.choice(able) if self._dice else able[0]].release()
+        self._gates[self._choose(able)].release()
+
+    def _choose(self, able: list[int]) -> int:
+        moments = [wait.moment if (wait := self._waits[r]) else -math.inf for r in able]
+        earliest = min(moments)
+        able = [r for r, moment in zip(able, moments, strict=True) if moment == earliest]
+        if earliest > -math.inf:
+            return min(able)
+        return self._dice.choice(able) if self._dice else able[0]
 
     def _explain_deadlock(self) -> str:
         doing = [

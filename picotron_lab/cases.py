@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from picotron_lab.config import MeshConfig, ModelConfig
+from picotron_lab.schedules.actions import ScheduleError
+from picotron_lab.schedules.registry import NAMES, build
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ DROPPING = dataclasses.replace(EXPERTS, capacity_factor=0.8)
 def cases() -> list[Case]:
     """The rows that are always shown: every technique, plain and fused, and a few products."""
     one_axis = [*_one_device(), *_data_parallel(), *_zero(), *_tensor_parallel()]
-    return [*one_axis, *_context_parallel(), *_expert_parallel(), *_products()]
+    return [*one_axis, *_context_parallel(), *_expert_parallel(), *_pipeline(), *_products()]
 
 
 def _one_device() -> list[Case]:
@@ -151,6 +153,38 @@ def _expert_parallel() -> list[Case]:
     ]  # fmt: skip
 
 
+def _pipeline() -> list[Case]:
+    one, two, fused = {"micro_batch_size": 1}, {"micro_batch_size": 2}, {"impl": "fused"}
+    four, eight = (dataclasses.replace(DENSE, layers=layers) for layers in (4, 8))
+    straight = ("afab", "1f1b", "eager-1f1b", "zb-h1", "zb-h2", "zb-auto", "1f1b-vocab1",
+                "1f1b-vocab2", "1f1b-interlaced")  # fmt: skip
+    double = ("interleaved", "interleaved-zb", "zb-v", "v-half", "v-min", "v-1f1b", "dualpipe",
+              "dualpipe-v", "v-half-vocab1", "v-half-vocab2")  # fmt: skip
+    schedules = [
+        Case(f"pp2, {name}, {impl}", MeshConfig(pp=2, schedule=name), four, {**one, "impl": impl})
+        for names, impls in ((straight, ("plain", "fused")), (double, ("fused", "plain")))
+        for name, impl in zip(names, impls * 5, strict=False)
+    ]
+    tied = dataclasses.replace(TIED, layers=4)
+    clipped = {**one, "post_validation": True, "clip": 1.6}  # the first stage alone is below it
+    return [
+        *schedules,
+        Case("pp4, 1f1b, fused", MeshConfig(pp=4), eight, {**one, **fused, "dropout": 0.3}),
+        Case("pp4, zb-v, plain", MeshConfig(pp=4, schedule="zb-v"), eight, one),
+        Case("pp4, 1f1b, balanced, fused", MeshConfig(pp=4, pp_layers="balanced"), eight,
+             {**two, **fused}),
+        Case("pp2, zb-h1, fused", MeshConfig(pp=2, schedule="zb-h1"), DENSE,
+             {**one, **fused, "dtype": "float32"}),
+        Case("pp2, 1f1b, plain, tied", MeshConfig(pp=2), TIED, two),
+        Case("pp2, zb-v, fused, tied", MeshConfig(pp=2, schedule="zb-v"), tied, {**one, **fused}),
+        Case("pp2, dualpipe, fused, experts", MeshConfig(pp=2, schedule="dualpipe"),
+             dataclasses.replace(BALANCED, layers=2), {**one, **fused}),
+        Case("pp2, zb-h2, post-validation", MeshConfig(pp=2, schedule="zb-h2"), TIED, clipped),
+        Case("pp2, zb-h1, fused, bfloat16", MeshConfig(pp=2, schedule="zb-h1"), DENSE,
+             {**one, **fused, "dtype": "bfloat16"}),
+    ]  # fmt: skip
+
+
 def _products() -> list[Case]:
     both = {"micro_batch_size": 2, "impl": "fused", "dropout": 0.3}
     meshes = [MeshConfig(dp=2, tp=2, zero=stage, sequence_parallel=stage > 1) for stage in range(4)]
@@ -164,31 +198,40 @@ def _products() -> list[Case]:
     ]  # fmt: skip
 
 
-SHAPES = (  # (dp, cp, tp): at most 8 ranks
-    (3, 1, 1), (4, 1, 1), (1, 1, 2), (2, 1, 2), (3, 1, 2), (4, 1, 2), (2, 1, 3), (2, 1, 4),
-    (1, 1, 8), (1, 2, 1), (1, 3, 1), (1, 4, 1), (1, 8, 1), (2, 2, 1), (3, 2, 1), (2, 4, 1),
-    (1, 2, 2), (2, 2, 2), (1, 4, 2), (1, 2, 4), (2, 3, 1), (1, 3, 2),
+SHAPES = (  # (pp, dp, cp, tp): at most 8 ranks
+    (1, 3, 1, 1), (1, 4, 1, 1), (1, 1, 1, 2), (1, 2, 1, 2), (1, 3, 1, 2), (1, 4, 1, 2),
+    (1, 2, 1, 3), (1, 2, 1, 4), (1, 1, 1, 8), (1, 1, 2, 1), (1, 1, 3, 1), (1, 1, 4, 1),
+    (1, 1, 8, 1), (1, 2, 2, 1), (1, 3, 2, 1), (1, 2, 4, 1), (1, 1, 2, 2), (1, 2, 2, 2),
+    (1, 1, 4, 2), (1, 1, 2, 4), (1, 2, 3, 1), (1, 1, 3, 2),
 )  # fmt: skip
+PIPELINES = (
+    (2, 1, 1, 1), (3, 1, 1, 1), (4, 1, 1, 1), (2, 2, 1, 1), (2, 3, 1, 1), (3, 2, 1, 1),
+    (2, 1, 1, 2), (2, 1, 2, 1), (2, 2, 1, 2), (2, 2, 2, 1), (2, 1, 2, 2), (4, 2, 1, 1),
+    (4, 1, 2, 1), (4, 1, 1, 2), (2, 4, 1, 1), (2, 1, 4, 1), (2, 1, 1, 4),
+)  # fmt: skip
+SCHEDULES = tuple(sorted(set(NAMES) - {"auto", "seq1f1b"}))  # auto is slow, seq1f1b is 1f1b here
 
 
-def sample(count: int, seed: int = 144) -> list[Case]:
+def sample(count: int, shapes: tuple = SHAPES, seed: int = 144) -> list[Case]:
     """Random products of everything, always the same ones: rows 1 to `count` of --all.
 
-    With this seed the first dozen, which the tests run, hold every stage, kind and algorithm.
+    With this seed the first dozen, which the tests run, hold every stage, kind and algorithm; and
+    the first dozen of PIPELINES every axis.
     """
     dice = random.Random(seed)
-    return [_draw(dice) for _ in range(count)]
+    return [_draw(dice, dice.choice(shapes)) for _ in range(count)]
 
 
-def _draw(dice: random.Random) -> Case:
+def _draw(dice: random.Random, shape: tuple[int, int, int, int]) -> Case:
     """Sizes are odd where they may be: nothing should divide by luck."""
-    dp, cp, tp = dice.choice(SHAPES)
-    model = _draw_model(dice, cp, tp)
+    pp, dp, cp, tp = shape
+    model = _draw_model(dice, pp, cp, tp)
     sp = tp > 1 and dice.random() < 0.6
     splits = ["naive", "1", "2"] + ["none"] * (not model.tied)
     sizes = [n for n in range(1, model.experts + 1) if dp * cp % n == 0]
     mesh = MeshConfig(
-        dp=dp, cp=cp, tp=tp, zero=dice.choice([0, 1, 2, 3]) if dp * cp > 1 else 0,
+        pp=pp, dp=dp, cp=cp, tp=tp,
+        zero=dice.choice([0, 1, 2, 3][: 4 if pp == 1 else 3]) if dp * cp > 1 else 0,
         ep=dice.choice(sizes or [1]), sequence_parallel=sp,
         cp_kind=dice.choice(_kinds(model, cp, tp)) if cp > 1 else "",
         vocab_parallel=dice.choice(splits) if tp > 1 else "",
@@ -200,17 +243,30 @@ def _draw(dice: random.Random) -> Case:
         "sequence_length": 24 if 3 in (tp, cp) else 16,
         "dtype": dice.choice(["float64", "float64", "float32"]),
     }  # fmt: skip
+    if pp > 1:
+        changes["micro_batch_size"] = 1
+        fitting = [name for name in SCHEDULES if _fits(name, pp, 12 // dp, tp)]
+        mesh = dataclasses.replace(mesh, schedule=dice.choice(fitting))
     what = [f"kv {model.kv_heads}", changes["impl"]]
     what += [f"{model.experts} experts"] * (model.experts > 0) + ["tied"] * model.tied
     what += ["dropout"] * (changes["dropout"] > 0)
     return Case(f"{describe(mesh, changes['recompute'])}, {', '.join(what)}", mesh, model, changes)
 
 
-def _draw_model(dice: random.Random, cp: int, tp: int) -> ModelConfig:
+def _fits(name: str, pp: int, microbatches: int, tp: int) -> bool:
+    """Whether the schedule exists for these sizes, and may be trained with tensor parallelism."""
+    try:
+        schedule = build(name, pp, microbatches)
+    except ScheduleError:
+        return False
+    return tp == 1 or not schedule.vocabulary
+
+
+def _draw_model(dice: random.Random, pp: int, cp: int, tp: int) -> ModelConfig:
     heads = {3: 6, 8: 8}.get(tp, 4)
     shared = [n for n in range(1, heads + 1) if heads % n == 0 and (n % tp == 0 or tp % n == 0)]
     model = ModelConfig(
-        vocab_size=323, hidden_size=48, layers=2, heads=heads, kv_heads=dice.choice(shared),
+        vocab_size=323, hidden_size=48, layers=2 * pp, heads=heads, kv_heads=dice.choice(shared),
         ffn_size=50, experts=dice.choice([0, 0, 3, 5]), tied=dice.random() < 0.3,
     )  # fmt: skip
     if not model.experts:
@@ -231,7 +287,8 @@ def _kinds(model: ModelConfig, cp: int, tp: int) -> list[str]:
 
 def describe(mesh: MeshConfig, recompute: str) -> str:
     """A mesh in a few words: 'dp2 zero3 tp2 sp vocab-2 recompute-full'."""
-    words = [f"dp{mesh.dp}"] * (mesh.dp > 1) + [f"cp{mesh.cp} {mesh.cp_kind}"] * (mesh.cp > 1)
+    words = [f"pp{mesh.pp} {mesh.schedule}"] * (mesh.pp > 1)
+    words += [f"dp{mesh.dp}"] * (mesh.dp > 1) + [f"cp{mesh.cp} {mesh.cp_kind}"] * (mesh.cp > 1)
     words += [f"ep{mesh.ep}"] * (mesh.ep > 1) + [f"zero{mesh.zero}"] * (mesh.zero > 0)
     words += [f"tp{mesh.tp}"] * (mesh.tp > 1) + ["sp"] * mesh.sequence_parallel
     words += [f"vocab-{mesh.vocab_parallel}"] * bool(mesh.vocab_parallel)

@@ -7,7 +7,18 @@ Tests   tests/test_config.py
 
 import math
 
-from picotron_lab.config import TWO_CHUNKS, MeshConfig, ModelConfig, TrainConfig, require
+from picotron_lab import partition
+from picotron_lab.config import (
+    TWO_CHUNKS,
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+    require,
+)
+from picotron_lab.schedules import registry
+from picotron_lab.schedules.actions import Schedule, ScheduleError
+from picotron_lab.schedules.costs import Options
 
 
 def check_run(model: ModelConfig, mesh: MeshConfig, cfg: TrainConfig) -> None:
@@ -18,6 +29,11 @@ def check_run(model: ModelConfig, mesh: MeshConfig, cfg: TrainConfig) -> None:
         f"--dp-step {cfg.dp_step} sums gradients on every rank, and --zero {mesh.zero} has its own "
         "way; leave --dp-step out.",
     )
+    require(
+        not cfg.post_validation or mesh.pp > 1,
+        "--post-validation checks a step that pipeline stages took by themselves, and there is one "
+        "stage; try --pp 2 on 2 ranks (--ranks 2), or leave it out.",
+    )
     _check_sequence(mesh, cfg)
     if mesh.tp > 1:
         _check_tensor_parallel(model, mesh, cfg)
@@ -25,6 +41,8 @@ def check_run(model: ModelConfig, mesh: MeshConfig, cfg: TrainConfig) -> None:
         _check_context_parallel(model, mesh, cfg)
     if mesh.ep > 1:
         _check_expert_parallel(model, mesh)
+    if mesh.pp > 1:
+        _check_pipeline(model, mesh, cfg)
 
 
 def _check_sequence(mesh: MeshConfig, cfg: TrainConfig) -> None:
@@ -116,3 +134,84 @@ def _end_together(model: ModelConfig, ep: int) -> bool:
 def _shares(kv_heads: int, tp: int) -> bool:
     """Each rank has whole key/value heads, or whole groups of ranks share one."""
     return kv_heads % tp == 0 or tp % kv_heads == 0
+
+
+# ---- pipelines
+
+
+def schedule_of(mesh: MeshConfig, cfg: TrainConfig) -> Schedule:
+    """The schedule of one step; ConfigError where there is none for so many ranks and batches."""
+    microbatches = cfg.micro_batches(mesh.dp)
+    options = Options(virtual_stages=mesh.virtual_stages)
+    try:
+        return registry.build(mesh.schedule, mesh.pp, microbatches, options)
+    except ScheduleError as error:
+        raise ConfigError(
+            f"--schedule {mesh.schedule} with --pp {mesh.pp} and {microbatches} micro-batches "
+            f"(--global-batch-size / --micro-batch-size / --dp) cannot be: {error}"
+        ) from None
+
+
+def layers_of(model: ModelConfig, mesh: MeshConfig, cfg: TrainConfig) -> tuple[int, ...]:
+    """How many layers each stage of the pipeline has (--pp-layers)."""
+    schedule = schedule_of(mesh, cfg)
+    if mesh.pp_layers == "even":
+        return partition.even(model.layers, schedule.stages)
+    if mesh.pp_layers == "balanced":
+        last = schedule.stages - 1
+        homes = [schedule.rank_of(stage) for stage in range(last + 1)]
+        if schedule.replicated:  # ranks r and last - r hold the same stages
+            homes = [min(rank, last - rank) for rank in homes]
+        layer, embedding, head = partition.costs(model, cfg.sequence_length)
+        if schedule.vocabulary:  # all ranks share embedding and head
+            embedding = head = 0.0
+        return partition.balanced(layer, embedding, head, model.layers, schedule.stages, homes)
+    counts = partition.explicit(mesh.pp_layers, model.layers, schedule.stages)
+    good = ",".join(map(str, partition.even(model.layers, schedule.stages)))
+    require(
+        all(counts) or not schedule.vocabulary,
+        f"--pp-layers {mesh.pp_layers} leaves a stage empty, for --schedule {mesh.schedule} takes "
+        f"embedding and head out of the stages; try --pp-layers {good}.",
+    )
+    return counts
+
+
+def _check_pipeline(model: ModelConfig, mesh: MeshConfig, cfg: TrainConfig) -> None:
+    schedule = schedule_of(mesh, cfg)
+    require(
+        model.layers >= schedule.stages or mesh.pp_layers not in ("even", "balanced"),
+        f"--layers {model.layers} are too few for the {schedule.stages} stages of --schedule "
+        f"{mesh.schedule} with --pp {mesh.pp}; try --layers {schedule.stages}.",
+    )
+    require(
+        mesh.zero < 3,
+        f"--zero 3 gathers weights for every action of --pp {mesh.pp}, which costs more than it "
+        "saves, and is not built; try --zero 2.",
+    )
+    require(
+        not schedule.vocabulary or mesh.tp == 1,
+        f"--schedule {mesh.schedule} splits the vocabulary over the pipeline ranks, and --tp "
+        f"{mesh.tp} over its own; try --schedule 1f1b, or --tp 1.",
+    )
+    if model.vocab_size or mesh.pp_layers != "balanced":  # else it is not known yet
+        layers_of(model, mesh, cfg)
+
+
+# ---- the command line
+
+
+def check_ranks(threads: int | None, launched: bool) -> None:
+    """--ranks, where it was given; under torchrun (`launched`) there are ranks already."""
+    good = threads is None or threads >= 1
+    require(good, f"--ranks {threads} must be at least 1; try --ranks 2.")
+    require(
+        threads is None or not launched,
+        f"--ranks {threads} starts threads, but torchrun has started the ranks; leave --ranks out.",
+    )
+
+
+def check_not_empty(given: dict[str, object]) -> None:
+    """No option was given an empty string, as an unset shell variable would."""
+    for field, value in given.items():
+        option = "--" + field.replace("_", "-")
+        require(value != "", f"{option} was given an empty value; name one or leave it out.")

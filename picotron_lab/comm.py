@@ -13,8 +13,8 @@ Wire    payload S = bytes of the whole tensor the call is about; ledger.py says 
 torch   all_reduce, all_gather_into_tensor, reduce_scatter_tensor, all_to_all_single, broadcast,
         batch_isend_irecv, barrier: class Processes shows the torch.distributed call behind each
         verb. No other file of this project calls torch.distributed.
-Read    Axis -> Processes -> connect; then alone.py (alone, nobody) and lab.py (threads)
-Tests   tests/test_comm.py, tests/test_processes.py
+Read    Axis -> Processes -> connect; then alone.py (handles; alone, nobody) and lab.py (threads)
+Tests   tests/test_comm.py, tests/test_processes.py, tests/test_clock.py
 """
 
 import os
@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from picotron_lab.alone import Alone, Done, Work
+from picotron_lab.alone import Alone, Done, Handle, Work
 from picotron_lab.alone import Nobody as Nobody  # the world of dry runs
 from picotron_lab.buffers import (
     check_counts,
@@ -41,6 +41,7 @@ from picotron_lab.buffers import (
     room,
     rows,
 )
+from picotron_lab.clock import Clock
 from picotron_lab.heartbeat import GRACE, Heartbeat, shorten
 from picotron_lab.ledger import Call, CommError, Ledger, caller
 from picotron_lab.notes import Compared
@@ -48,34 +49,23 @@ from picotron_lab.notes import Compared
 # ---- the axis
 
 
-class Handle:
-    """A result that is on its way; `wait()` returns it, as often as asked."""
-
-    def __init__(self, work: Work, result: Any, out: Tensor | None = None):
-        self._work, self._result, self._out = work, result, out
-
-    def wait(self) -> Any:
-        self._work.wait()
-        if self._out is not None:
-            if not self._out.is_contiguous():  # then the call went through a buffer of its own
-                self._out.detach().copy_(self._result)
-            self._result, self._out = self._out, None
-        return self._result
-
-
 class Axis:
     """One group of `size` ranks, seen by its member `rank`, which speaks through a `world`.
 
     name     for the ledger and for sentences
     ranks    the members as world ranks, in rising order; `me` is the one that holds this handle
+    clock    of this rank, on all of its axes; None: the machine's
     raises   CommError, from every verb, when the ranks cannot go on together
     """
 
-    def __init__(self, name: str, ranks: Sequence[int], me: int, world: Any, ledger: Ledger):
+    def __init__(
+        self, name: str, ranks: Sequence[int], me: int, world: Any, ledger: Ledger,
+        clock: Clock | None = None,
+    ):  # fmt: skip
         self.name, self.ranks, self.ledger = name, tuple(ranks), ledger
         self.rank, self.size = self.ranks.index(me), len(ranks)
         self._world = world if self.size > 1 else Alone()
-        self._split = world.split
+        self._split, self._clock = world.split, clock or Clock()
         self._calls = 0
 
     def all_reduce(
@@ -183,6 +173,14 @@ class Axis:
         """Wait until every rank is here. Never needed for correctness of the calls above."""
         self._world.barrier(self._enter("barrier", "", [], True)).wait()
 
+    def now(self) -> float:
+        """The time of this rank, in seconds from some moment; virtual in a lab with a network."""
+        return self._clock.now()
+
+    def spend(self, seconds: float) -> None:
+        """Be busy for so long, computing nothing: sleep, or advance the virtual time."""
+        self._clock.spend(seconds)
+
     def split(self, name: str, groups: Sequence[Sequence[int]]) -> "Axis":
         """The sub-axis that contains me. Every rank of this axis calls this, with the same groups.
 
@@ -196,7 +194,7 @@ class Axis:
                 f"{self.name} in rising order; the groups with rank {me} are {mine}."
             )
         call = Call("split", name, 0, caller(), f"ranks {mine[0]}", 0)
-        return Axis(name, mine[0], me, self._split(call, mine[0]), self.ledger)
+        return Axis(name, mine[0], me, self._split(call, mine[0]), self.ledger, self._clock)
 
     def _check_rank(self, other: int) -> None:
         if other == self.rank or not 0 <= other < self.size:
@@ -301,6 +299,10 @@ class Pending:
                 for work in self._works:
                     work.wait()
         self._works = []
+
+    def done(self) -> bool:
+        """gloo tells of messages and reduce_scatter only after wait(): till then, False."""
+        return all(work.is_completed() for work in self._works)
 
 
 @contextmanager

@@ -187,7 +187,10 @@ def model_from_file(path: str) -> ModelConfig:
 # ---- the mesh
 
 
-MESH_RANGES = {"zero": (0, 3, 1), **dict.fromkeys(("pp", "dp", "cp", "tp", "ep"), (1, 2**20, 1))}
+MESH_RANGES = {
+    "zero": (0, 3, 1), "virtual_stages": (0, 1024, 2),
+    **dict.fromkeys(("pp", "dp", "cp", "tp", "ep"), (1, 2**20, 1)),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,9 @@ class MeshConfig:
     cp_kind: str = ""  # of attention over cp; empty: ring for plain, zigzag for fused
     sequence_parallel: bool = False  # over tp
     vocab_parallel: str = ""  # over tp; empty: naive for plain, 2 for fused
+    schedule: str = "1f1b"  # of the pipeline
+    virtual_stages: int = 0  # stages per pipeline rank; 0: the schedule's own number
+    pp_layers: str = "even"  # even, balanced, or the layers of every stage, such as 4,4,4,2
 
     def __post_init__(self) -> None:
         _require_ranges(self, MESH_RANGES)
@@ -240,6 +246,17 @@ class MeshConfig:
             "tensor-parallel ranks, and there is one; try --tp 2 on 2 ranks (--ranks 2), or leave "
             "it out.",
         )
+        self._check_pipeline()
+
+    def _check_pipeline(self) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for field in ("schedule", "virtual_stages", "pp_layers"):
+            value = getattr(self, field)
+            require(
+                self.pp > 1 or value == defaults[field],
+                f"{_option(field)} {value} is about pipeline stages, and there is one; try --pp 2 "
+                "on 2 ranks (--ranks 2), or leave it out.",
+            )
 
     def vocabulary(self, impl: str) -> str:
         """How the output layer is split over tp: none (logits gathered), naive, 1 or 2."""
@@ -272,24 +289,6 @@ class MeshConfig:
         )
 
 
-def check_ranks(threads: int | None, launched: bool) -> None:
-    """--ranks, where it was given; under torchrun (`launched`) there are ranks already."""
-    good = threads is None or threads >= 1
-    require(good, f"--ranks {threads} must be at least 1; try --ranks 2.")
-    require(
-        threads is None or not launched,
-        f"--ranks {threads} starts threads, but torchrun has started the ranks; leave --ranks out.",
-    )
-
-
-def check_not_empty(given: dict[str, object]) -> None:
-    """No option was given an empty string, as an unset shell variable would."""
-    for field, value in given.items():
-        require(
-            value != "", f"{_option(field)} was given an empty value; name one or leave it out."
-        )
-
-
 # ---- training
 
 TRAIN_RANGES = {
@@ -316,6 +315,7 @@ class TrainConfig:
     warmup_steps: int = 20
     weight_decay: float = 0.1
     clip: float = 1.0  # 0: no clipping
+    post_validation: bool = False  # of the clipped step, in pipelines
     dropout: float = 0.0
     recompute: str = "none"
     dtype: str = "float32"

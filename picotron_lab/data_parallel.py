@@ -296,7 +296,11 @@ def over_axes(
         )
         groups[names[0]].append(parameter)
     by_name = {axis.name: axis for axis in axes}
-    parts = [make(group, by_name[name]) for name, group in groups.items() if group]
+    return together([make(group, by_name[name]) for name, group in groups.items() if group])
+
+
+def together(parts: Sequence[Synchroniser]) -> Synchroniser:
+    """Several synchronisers as one."""
     return parts[0] if len(parts) == 1 else Several(parts)
 
 

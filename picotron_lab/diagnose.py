@@ -1,6 +1,8 @@
 """Sentences for what can go wrong while training runs."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,15 @@ class TrainingError(Exception):
     """A sentence about a run that cannot go on."""
 
 
-def not_finite(loss: float, step: int, model: nn.Module, batches: list[tuple]) -> TrainingError:
-    """The error for a NaN or infinite loss; it names the first module with such an output."""
+def not_finite(
+    loss: float, step: int, model: nn.Module, run: Callable[[tuple], Any], batches: list[tuple]
+) -> TrainingError:
+    """The error for a NaN or infinite loss; it names the first module with such an output.
+
+    run  a forward of one micro-batch through the modules of `model`, and those of other ranks
+    """
     # all batches, also when the first tells: ranks that share the model run it together
-    culprits = [first_bad_module(model, batch) for batch in batches]
+    culprits = [first_bad_module(model, run, batch) for batch in batches]
     culprit = next(filter(None, culprits), None)
     where = (
         f"module {culprit} is the first with such an output"
@@ -32,7 +39,7 @@ def not_finite(loss: float, step: int, model: nn.Module, batches: list[tuple]) -
 
 
 @torch.no_grad()
-def first_bad_module(model: nn.Module, batch: tuple) -> str | None:
+def first_bad_module(model: nn.Module, run: Callable[[tuple], Any], batch: tuple) -> str | None:
     """Run one forward and return the name of the first module that gives NaN or infinity."""
     found: list[str] = []
 
@@ -40,13 +47,14 @@ def first_bad_module(model: nn.Module, batch: tuple) -> str | None:
         def hook(module: nn.Module, args: tuple, output: object) -> None:
             tensors = [x for x in (output if isinstance(output, tuple) else (output,))]
             if not all(bool(x.isfinite().all()) for x in tensors if isinstance(x, Tensor)):
-                words = [word for word in name.split(".") if word not in WRAPPERS]
+                stageless = re.sub(r"^stages\.\d+\.?", "", name)
+                words = [word for word in stageless.split(".") if word not in WRAPPERS]
                 found.append(".".join(words) or "the whole model")
 
         return hook
 
     hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
-    model(*batch)
+    run(batch)
     for hook in hooks:
         hook.remove()
     return found[0] if found else None

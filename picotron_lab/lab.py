@@ -14,10 +14,12 @@ Rules   Each rank has its own random state (torch, numpy, random), as in a proce
         `seed=` fuzzes who runs next: what depends on luck in real life fails here for some seed. A
         send waits for its recv, as it may in real life. An input changed before wait() is an error,
         and so is a call that not every rank made.
+Time    `network=` gives ranks a virtual time (clock.py); without it, now() and spend() are real.
 Not     faster than one rank. Reductions add in rank order in the dtype of the tensor.
 Read    run_ranks -> Threads -> Meeting, then baton.py        Tests  tests/test_lab.py
 """
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,17 +31,23 @@ from torch import Tensor
 from picotron_lab.alone import Work
 from picotron_lab.baton import Baton
 from picotron_lab.buffers import describe, unmetered
+from picotron_lab.clock import Clock, Network, VirtualClock
 from picotron_lab.comm import Axis
-from picotron_lab.ledger import Call, CommError, Ledger
+from picotron_lab.ledger import Call, CommError, Ledger, wire_bytes
 from picotron_lab.notes import rows_disagree
 
 
 def run_ranks(
-    function: Callable[..., Any], size: int, *args: Any, seed: int | None = None
+    function: Callable[..., Any],
+    size: int,
+    *args: Any,
+    seed: int | None = None,
+    network: Network | None = None,
 ) -> list[Any]:
     """Call function(axis, *args) on `size` ranks; return their results in rank order.
 
     seed     None: ranks take turns in order. A number: a random but repeatable order.
+    network  of the model by which the virtual time of ranks passes; None: time is real
     raises   the exception of the first rank that failed, with a note of its number; CommError when
              ranks cannot go on together
     """
@@ -51,8 +59,10 @@ def run_ranks(
     def rank_main(rank: int) -> None:
         # backward must run in this thread: a collective inside it needs the baton
         with torch.autograd.set_multithreading_enabled(False):
-            world = Threads(baton, meeting, rank, range(size), "world")
-            results[rank] = function(Axis("world", range(size), rank, world, Ledger()), *args)
+            clock = VirtualClock(network) if network else Clock()
+            world = Threads(baton, meeting, clock, rank, range(size), "world")
+            axis = Axis("world", range(size), rank, world, Ledger(), clock)
+            results[rank] = function(axis, *args)
 
     baton.run(rank_main)
     meeting.check_empty()
@@ -69,6 +79,11 @@ class Slot:
     call: Call  # of the rank that came first
     parts: dict[int, Any] = field(default_factory=dict)
     results: list[Any] | None = None
+    arrival: float = 0.0  # of what the ranks sent that have come
+
+    def there(self) -> float:
+        """When the result is there for all; inf while a rank has not come."""
+        return math.inf if self.results is None else self.arrival
 
 
 @dataclass
@@ -77,8 +92,13 @@ class Parcel:
 
     call: Call
     x: Tensor  # a copy of what is sent, or room for what is received
-    sends: bool
-    taken: bool = False
+    arrival: float | None  # of what is sent; None: this is a recv
+    there: float = math.inf  # when its rank may go on; inf while its counterpart has not come
+
+    @property
+    def sends(self) -> bool:
+        """Whether this is a send."""
+        return self.arrival is not None
 
 
 class Meeting:
@@ -108,9 +128,9 @@ class Threads:
     """The world of one rank-thread on one group of ranks."""
 
     def __init__(
-        self, baton: Baton, meeting: Meeting, me: int, ranks: Sequence[int], name: str
+        self, baton: Baton, meeting: Meeting, clock: Clock, me: int, ranks: Sequence[int], name: str
     ) -> None:
-        self._baton, self._meeting, self._me = baton, meeting, me
+        self._baton, self._meeting, self._clock, self._me = baton, meeting, clock, me
         self._ranks, self._group = tuple(ranks), (name, *ranks)
 
     def all_reduce(self, call: Call, out: Tensor, op: str) -> Work:
@@ -148,11 +168,11 @@ class Threads:
         self._baton.enter(self._me, call.in_full())
         given = [(x, _copy(x)) for x, _ in sends]
         parcels = [
-            self._post(Parcel(call, copy, True), self._me, self._ranks[to])
+            self._post(Parcel(call, copy, self._clock.send(copy.nbytes)), self._me, self._ranks[to])
             for (_, copy), (_, to) in zip(given, sends, strict=True)
         ]
         parcels += [
-            self._post(Parcel(call, out, False), self._ranks[source], self._me)
+            self._post(Parcel(call, out, None), self._ranks[source], self._me)
             for out, source in receives
         ]
 
@@ -160,10 +180,13 @@ class Threads:
             for x, copy in given:
                 _check_unchanged(call, x, copy)
 
-        return Waiting(self._baton, self._me, call, lambda: all(p.taken for p in parcels), collect)
+        def there() -> float:
+            return max(parcel.there for parcel in parcels)
+
+        return Waiting(self._baton, self._clock, self._me, call, there, collect)
 
     def split(self, call: Call, mine: list[int]) -> "Threads":
-        return Threads(self._baton, self._meeting, self._me, mine, call.axis)
+        return Threads(self._baton, self._meeting, self._clock, self._me, mine, call.axis)
 
     def _meet(
         self, call: Call, x: Tensor, out: Tensor, combine: Callable, counts: Any = None
@@ -173,6 +196,8 @@ class Threads:
         copy = _copy(x)
         slot = self._join_slot(call)
         slot.parts[self._me] = (copy, counts)
+        size = wire_bytes(call.op, call.bytes, len(self._ranks))
+        slot.arrival = max(slot.arrival, self._clock.send(size))
         if len(slot.parts) == len(self._ranks):
             parts = [slot.parts[r] for r in self._ranks]
             xs, all_counts = [x for x, _ in parts], [c for _, c in parts]
@@ -185,7 +210,7 @@ class Threads:
             with unmetered():
                 out.copy_(slot.results[self._ranks.index(self._me)])
 
-        return Waiting(self._baton, self._me, call, lambda: slot.results is not None, collect)
+        return Waiting(self._baton, self._clock, self._me, call, slot.there, collect)
 
     def _join_slot(self, call: Call) -> Slot:
         """The slot where the ranks of this group meet for their k-th collective."""
@@ -218,25 +243,38 @@ class Threads:
         with unmetered():
             received.x.copy_(sent.x)
         _settle(sent.x)
-        sent.taken = received.taken = True
+        sent.there, received.there = 0.0, sent.arrival  # a sender does not wait for the arrival
         return mine
 
 
 class Waiting:
-    """Work of the thread world: wait() hands the baton on until the others have come."""
+    """Work of the thread world: wait() hands the baton on until the others have come.
+
+    there  when all is there, in the time of `clock`; inf while another rank has not come
+    """
 
     def __init__(
-        self, baton: Baton, rank: int, call: Call, ready: Callable, collect: Callable
+        self, baton: Baton, clock: Clock, rank: int, call: Call, there: Callable, collect: Callable
     ) -> None:
-        self._baton, self._rank, self._call = baton, rank, call
-        self._ready, self._collect = ready, collect
+        self._baton, self._clock, self._rank, self._words = baton, clock, rank, call.in_full()
+        self._there, self._collect = there, collect
 
     def wait(self) -> None:
         """Return when all ranks have come, with the result in its place."""
         if self._collect is not None:
-            self._baton.wait_until(self._rank, self._ready, self._call.in_full())
+            self._baton.wait_until(self._rank, self._have_come, self._words)
             self._collect()
             self._collect = None
+            self._clock.reach(self._there())
+
+    def done(self) -> bool:
+        """Whether all is there by now; if a rank has not come, others go on first."""
+        if not self._have_come():
+            self._baton.pause(self._rank, self._words, self._clock.place_in_line())
+        return self._there() <= self._clock.now()
+
+    def _have_come(self) -> bool:
+        return self._there() < math.inf
 
 
 def _reduce(xs: list[Tensor], op: str) -> Tensor:

@@ -145,6 +145,11 @@ class Checked:
         if self._work:
             self._work.wait()
 
+    def done(self) -> bool:
+        """Whether the notes, if they were not read before, and the call are there."""
+        read = self._check is None or self._notes.done()
+        return read and (self._work is None or self._work.done())
+
 
 def rows_disagree(call: Call, ranks: tuple[int, int], sent: int, expected: int) -> str:
     """The sentence about an all_to_all from ranks[0] to ranks[1]."""

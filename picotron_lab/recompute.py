@@ -96,24 +96,25 @@ def detached(inputs: Sequence[Any]) -> list[Any]:
 def run_twice(module: nn.Module, inputs: Sequence[Any]) -> Tensor:
     """Call the module, in forward without a graph, in backward with one.
 
-    Backward fills every parameter's .grad as it goes, and calls its hooks: call backward(), for
-    torch.autograd.grad would find no path to the parameters. It has no second derivatives.
+    One node is left, with inputs and parameters as its inputs, so that backward() and
+    torch.autograd.grad find them: the gradients of all parameters come out together, the last
+    parameter's first. It has no second derivatives.
     """
-    tensors = [x for x in inputs if isinstance(x, Tensor)]
-    learns = any(x.requires_grad for x in [*tensors, *module.parameters()])
+    parameters = [p for p in module.parameters() if p.requires_grad]  # others may replace them
+    learns = parameters or any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
     if not (learns and torch.is_grad_enabled()):
         return module(*inputs)
-    # without an input that needs a gradient autograd would not call backward: a frozen embedding
-    anchor = torch.empty(0, requires_grad=True)
-    return RunTwice.apply(module, anchor, *inputs)
+    views = (p.view_as(p) for p in parameters)  # autograd serves leaves in no certain order
+    return RunTwice.apply(module, parameters, *inputs, *views)
 
 
 class RunTwice(torch.autograd.Function):
     """Forward keeps the inputs; backward runs the module again and back-propagates through it."""
 
     @staticmethod
-    def forward(ctx, module: nn.Module, anchor: Tensor, *inputs: Any) -> Tensor:
-        ctx.module, ctx.inputs = module, list(inputs)
+    def forward(ctx, module: nn.Module, parameters: Sequence[nn.Parameter], *both: Any) -> Tensor:
+        inputs = both[: len(both) - len(parameters)]
+        ctx.module, ctx.parameters, ctx.inputs = module, parameters, list(inputs)
         ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
         ctx.save_for_backward(*(inputs[i] for i in ctx.places))
         for i in ctx.places:
@@ -130,11 +131,16 @@ class RunTwice(torch.autograd.Function):
         for i, saved in zip(ctx.places, ctx.saved_tensors, strict=True):
             inputs[i] = saved
         inputs = detached(inputs)
+        learns = [i for i in ctx.places if inputs[i].requires_grad]
+        wanted = [*(inputs[i] for i in learns), *ctx.parameters]
         with torch.enable_grad():
+            for i in learns:  # torch's counters of operations cannot watch a leaf that is wanted
+                inputs[i] = inputs[i].view_as(inputs[i])
             result = ctx.module(*inputs)
-        torch.autograd.backward(result, grad)
-        grads = [x.grad if isinstance(x, Tensor) else None for x in inputs]
-        return None, None, *grads
+        found = torch.autograd.grad(result, wanted, grad, allow_unused=True)
+        of_inputs = dict(zip(learns, found[: len(learns)], strict=True))
+        grads = (of_inputs.get(i) for i in range(len(inputs)))
+        return None, None, *grads, *found[len(learns) :]
 
 
 # ---- 3. fused path

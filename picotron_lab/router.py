@@ -185,28 +185,42 @@ def begin_step(model: nn.Module, scale: float) -> None:
         router.forget()
 
 
-def settle(model: nn.Module, axis: Any, positions: int) -> dict[str, float]:
+def settle(
+    model: nn.Module, axis: Any, positions: int, copies: Any = None, pipeline: Any = None
+) -> dict[str, float]:
     """After the backwards of a step: move every bias, and say how balanced the experts were.
 
     axis       over which counts are summed: ranks with other tokens (an Axis, all_reduce of
                L (E + 2))
     positions  in the global batch: the sum of the balance loss over them becomes a mean
+    copies     over which they are summed again: ranks with copies of these layers, or None
+    pipeline   over whose ranks the layers are dealt, or None
     Returns {} without experts; else balance_loss (mean over layers; about 1 is perfect; 0 unless
     asked for), busiest_expert (tokens of the busiest expert of any layer / mean), dropped_choices
     (choices, of which a token has k in each layer, all layers together).
     """
     layers = [r for r in routers(model) if isinstance(r.counts_E, Tensor)]
-    if not layers:
+    if not layers and pipeline is None:
         return {}
-    rows = [torch.cat([r.counts_E.double(), r.dropped.double()[None], r.balance[None]])
-            for r in layers]  # fmt: skip
-    seen = axis.all_reduce(torch.stack(rows))
-    counts_LE, dropped, balance = seen[:, :-2], seen[:, -2], seen[:, -1]
-    mean = counts_LE.mean(-1, keepdim=True)
-    for router, move_E in zip(layers, (mean - counts_LE).sign(), strict=True):
-        router.bias += router.cfg.balance_speed * move_E
+    sums_3 = torch.zeros(3, dtype=torch.float64, device=next(model.parameters()).device)
+    busiest = sums_3[0]
+    if layers:
+        rows = [torch.cat([r.counts_E.double(), r.dropped.double()[None], r.balance[None]])
+                for r in layers]  # fmt: skip
+        seen = axis.all_reduce(torch.stack(rows))
+        seen = seen if copies is None else copies.all_reduce(seen)
+        counts_LE, dropped, balance = seen[:, :-2], seen[:, -2], seen[:, -1]
+        mean = counts_LE.mean(-1, keepdim=True)
+        for router, move_E in zip(layers, (mean - counts_LE).sign(), strict=True):
+            router.bias += router.cfg.balance_speed * move_E
+        busiest = (counts_LE.amax(-1) / mean[:, 0]).max()
+        if copies is None or copies.rank == 0:  # its copy would tell the same
+            sums_3 = torch.stack([balance.sum(), balance.new_tensor(len(layers)), dropped.sum()])
+    if pipeline is not None:
+        sums_3, busiest = pipeline.all_reduce(sums_3), pipeline.all_reduce(busiest, "max")
+    total, number, drops = sums_3.tolist()
     return {
-        "balance_loss": float(balance.mean()) / positions,
-        "busiest_expert": float((counts_LE.amax(-1) / mean[:, 0]).max()),
-        "dropped_choices": int(dropped.sum()),
+        "balance_loss": total / number / positions,
+        "busiest_expert": float(busiest),
+        "dropped_choices": int(drops),
     }

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from picotron_lab import sharding, tensor_parallel
+from picotron_lab import deferred, sharding, tensor_parallel
 from picotron_lab.comm import Axis
 from picotron_lab.dropout import Dropout, Where
 from picotron_lab.lab import run_ranks
@@ -109,7 +109,7 @@ class Column(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_BTD: Tensor, axis: Axis, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.axis = axis
+        ctx.axis, ctx.owners = axis, [*map(deferred.owner, weights)]
         ctx.save_for_backward(x_BTD, *weights)
         whole_BTD = gather(x_BTD, axis)
         return tuple(F.linear(whole_BTD, weight) for weight in weights)
@@ -119,7 +119,8 @@ class Column(torch.autograd.Function):
         x_BTD, *weights = ctx.saved_tensors
         whole_BTD = gather(x_BTD, ctx.axis)
         dx_BTD = sum(grad @ weight for grad, weight in zip(grads, weights, strict=True))
-        dws = [tensor_parallel.weight_gradient(grad, whole_BTD) for grad in grads]
+        both = zip(ctx.owners, grads, strict=True)
+        dws = [deferred.weight_gradient(owner, grad, whole_BTD) for owner, grad in both]
         return scatter(dx_BTD, ctx.axis), None, *dws
 
 
@@ -281,6 +282,7 @@ class FusedColumn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BTD: Tensor, axis: Axis, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.axis, ctx.rows = axis, [len(weight) for weight in weights]
+        ctx.owners = [*map(deferred.owner, weights)]
         ctx.save_for_backward(x_BTD, *weights)
         w_DF = join(weights).T
         y_NF = gather_matmul(sequence_first(x_BTD), w_DF, axis)[1]
@@ -294,9 +296,8 @@ class FusedColumn(torch.autograd.Function):
         dx_ND = grad_NF @ join(weights)
         x_ND = whole_x.wait()
         shard_of_dx = ctx.axis.reduce_scatter(dx_ND, wait=False)
-        dw_FD = tensor_parallel.weight_gradient(grad_NF, x_ND)
-        dx_BTD = batch_first(shard_of_dx.wait(), len(x_BTD))
-        return dx_BTD, None, *dw_FD.split(ctx.rows)
+        dws = deferred.weight_gradients(ctx.owners, grad_NF, x_ND, ctx.rows)
+        return batch_first(shard_of_dx.wait(), len(x_BTD)), None, *dws
 
 
 class FusedRow(torch.autograd.Function):
@@ -305,15 +306,16 @@ class FusedRow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_BTF: Tensor, w_DF: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
+        ctx.axis, ctx.owner = axis, deferred.owner(w_DF)
         ctx.save_for_backward(x_BTF, w_DF)
         return batch_first(matmul_scatter(sequence_first(x_BTF), w_DF.T, axis), len(x_BTF))
 
     @staticmethod
-    def backward(ctx, grad_BTD: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
         x_BTF, w_DF = ctx.saved_tensors
         grads, dx_NF = gather_matmul(sequence_first(grad_BTD), w_DF, ctx.axis)
-        dw_DF = tensor_parallel.weight_gradient(torch.cat(grads), sequence_first(x_BTF))
+        x_NF = sequence_first(x_BTF)
+        dw_DF = deferred.weight_gradient(ctx.owner, torch.cat(grads), x_NF)
         return batch_first(dx_NF, len(x_BTF)), dw_DF, None
 
 

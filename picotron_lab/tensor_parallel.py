@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from picotron_lab import sharding
+from picotron_lab import deferred, sharding
 from picotron_lab.comm import Axis
 from picotron_lab.lab import run_ranks
 from picotron_lab.ledger import Ledger
@@ -89,11 +89,11 @@ class Crossing:
         nn.Linear stores the transpose, so that columns of the paper's matrix are rows here.
         """
         x_BTD = self.enter(x_BTD)
-        return [F.linear(x_BTD, weight) for weight in weights]
+        return [deferred.linear(x_BTD, weight) for weight in weights]
 
     def row(self, x_BTF: Tensor, w_DF: Tensor) -> Tensor:
         """Multiply by this rank's rows of a weight, then leave: [B, T, F] -> [B, T, D]."""
-        return self.leave(F.linear(x_BTF, w_DF))
+        return self.leave(deferred.linear(x_BTF, w_DF))
 
 
 # ---- 2. plain path
@@ -277,6 +277,7 @@ class FusedColumn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BTD: Tensor, axis: Axis, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.axis, ctx.rows = axis, [len(weight) for weight in weights]
+        ctx.owners = [*map(deferred.owner, weights)]
         ctx.save_for_backward(x_BTD, *weights)
         return apart(F.linear(x_BTD, join(weights)), ctx.rows)
 
@@ -286,8 +287,8 @@ class FusedColumn(torch.autograd.Function):
         grad_BTF = join(grads, -1)
         dx_BTD = grad_BTF @ join(weights)
         summed = ctx.axis.all_reduce(dx_BTD, out=dx_BTD, wait=False)
-        dw_FD = weight_gradient(grad_BTF, x_BTD)
-        return summed.wait(), None, *dw_FD.split(ctx.rows)
+        dws = deferred.weight_gradients(ctx.owners, grad_BTF, x_BTD, ctx.rows)
+        return summed.wait(), None, *dws
 
 
 class FusedRow(torch.autograd.Function):
@@ -295,14 +296,15 @@ class FusedRow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_BTF: Tensor, w_DF: Tensor, axis: Axis) -> Tensor:
+        ctx.owner = deferred.owner(w_DF)
         ctx.save_for_backward(x_BTF, w_DF)
         y_BTD = F.linear(x_BTF, w_DF)
         return axis.all_reduce(y_BTD, out=y_BTD)
 
     @staticmethod
-    def backward(ctx, grad_BTD: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
         x_BTF, w_DF = ctx.saved_tensors
-        return grad_BTD @ w_DF, weight_gradient(grad_BTD, x_BTF), None
+        return grad_BTD @ w_DF, deferred.weight_gradient(ctx.owner, grad_BTD, x_BTF), None
 
 
 def join(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -314,11 +316,6 @@ def apart(y_BTF: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
     """y cut along its last dim into tensors of their own, which kernels want. As a view v would
     keep q and k alive, too, which backward does not need."""
     return tuple(part.contiguous() for part in y_BTF.split(widths, -1))
-
-
-def weight_gradient(grad_BTF: Tensor, x_BTD: Tensor) -> Tensor:
-    """dW [F, D] of y = x W^T: the sum over all tokens of dy times x."""
-    return grad_BTF.flatten(0, -2).T @ x_BTD.flatten(0, -2)
 
 
 CROSSINGS = {"plain": Crossing, "fused": FusedCrossing}

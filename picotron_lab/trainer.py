@@ -1,14 +1,14 @@
 """The trainer: one model, one mesh, one list of actions per step; it composes every technique.
 
 Idea    loss = sum of token losses / counted tokens, both over the *global* batch. A step is a
-        schedule (a list of actions) that this rank executes: with one stage it is gradient
+        schedule, of which each rank executes its list of actions: with one stage it is gradient
         accumulation. Afterwards every gradient is that of one device, so what follows (norm,
         clipping, AdamW) need not know the mesh.
-Step    deal rows of the global batch -> F, BW per micro-batch -> R reduce gradients -> clip ->
-        update -> log
+Step    deal rows of the global batch -> F, BW (or B, W) per stage and micro-batch -> reduce
+        gradients -> clip -> update -> log
 Exact   any mesh gives the same loss, gradients and weights: tests/test_trainer.py
 Dims    as in model.py
-Read    build.py -> OneStage -> Trainer.train_step -> Trainer.fit
+Read    build.py -> pipeline_parallel.py -> Trainer.train_step -> Trainer.fit
 """
 
 import math
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from picotron_lab import (
     build,
@@ -34,46 +34,13 @@ from picotron_lab import (
     state,
 )  # fmt: skip
 from picotron_lab.analysis import cost, hardware, memory
-from picotron_lab.checks import check_run
+from picotron_lab.checks import check_run, schedule_of
 from picotron_lab.comm import Axis
 from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig
 from picotron_lab.diagnose import TrainingError, not_finite
 from picotron_lab.dropout import Where
 from picotron_lab.model import IGNORED
-from picotron_lab.schedules.actions import Action, last_backwards
-from picotron_lab.schedules.basic import accumulation
-
-
-class OneStage:
-    """Executes the actions of a step for a model that is not cut into pipeline stages."""
-
-    def __init__(self, model: nn.Module, synchroniser: data_parallel.Synchroniser):
-        self.model, self.synchroniser = model, synchroniser
-        self.losses: dict[int, Tensor] = {}
-        self.loss_sum = torch.zeros((), dtype=torch.float64)
-
-    def run(self, actions: list[Action], batches: list[tuple], tokens: float) -> Tensor:
-        """One step; `tokens` counts the global batch. Returns this rank's sum of token losses."""
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=batches[0][0].device)
-        self.synchroniser.begin_step()
-        completes_gradients = last_backwards(actions)
-        for i, action in enumerate(actions):
-            if action.kind == "F":
-                self.losses[action.microbatch] = self.model(*batches[action.microbatch])
-            elif action.kind == "BW":
-                self._backward(action.microbatch, tokens, last=i in completes_gradients)
-            elif action.kind == "R":
-                self.synchroniser.finish()
-            else:
-                raise ValueError(f"one stage cannot execute {action}: it knows F, BW and R.")
-        assert not self.losses, f"micro-batches {list(self.losses)} had no backward: add their BW."
-        return self.loss_sum
-
-    def _backward(self, microbatch: int, tokens: float, last: bool) -> None:
-        loss = self.losses.pop(microbatch)
-        self.loss_sum += loss.detach()
-        self.synchroniser.before_backward(last)
-        (loss / tokens).backward()
+from picotron_lab.schedules.validator import validate
 
 
 class Trainer:
@@ -91,16 +58,29 @@ class Trainer:
         check_run(self.model_cfg, mesh_cfg, cfg)  # the vocabulary is known now
         positions_T = build.positions(mesh_cfg, cfg, self.mesh)  # of this rank's tokens
         self.columns, self.positions_T = positions_T.numpy(), positions_T.to(self.device)
-        self.model = build.build_model(self.model_cfg, mesh_cfg, cfg, self.mesh, self.device)
+        schedule = schedule_of(mesh_cfg, cfg)
+        validate(schedule)
+        self.model = build.build_model(
+            self.model_cfg, mesh_cfg, cfg, self.mesh, schedule, self.device
+        )
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         wide = torch.promote_types(precision.DTYPES[cfg.dtype], torch.float32)
         precision.accumulate_in(parameters, wide)
-        self.stage = OneStage(self.model, build.synchroniser(self.model, mesh_cfg, cfg, self.mesh))
-        self.parameters = self.stage.synchroniser.shards  # what this rank's optimizer steps
+        found = build.synchronisers(self.model, mesh_cfg, cfg, self.mesh)
+        self.executor = build.executor(self.model, schedule, self.mesh, cfg.impl, found)
+        self.synchroniser = data_parallel.together(list(found.values()))
+        self.parameters = self.synchroniser.shards  # what this rank's optimizer steps
         self.masters = precision.MasterWeights(self.parameters)
         self.optimizer = optim.build(self.masters.weights, cfg)
+        copies = getattr(self.model, "axes", {})  # of parameters on two pipeline ranks
+        self.axes = {**self.mesh.axes, **copies}
         served = (self.mesh.replica, self.mesh.expert_replica)  # by synchronisers
-        self.other_axes = {n: a for n, a in self.mesh.axes.items() if a not in served}
+        self.other_axes = {n: a for n, a in self.axes.items() if a not in served}
+        self.validation = None
+        if cfg.post_validation:
+            self.validation = build.post_validation(
+                self.optimizer, self.parameters, mesh_cfg, self.mesh, self.axes
+            )
         self.routing: dict[str, float] = {}
         self.first_step = 0
 
@@ -125,7 +105,8 @@ class Trainer:
         ledger.clear()
         loss, tokens = self.compute_gradients(step)
         if not math.isfinite(loss):
-            raise not_finite(loss, step, self.model, self._deal(step))
+            batches = self._deal(step)
+            raise not_finite(loss, step, self.model, self.executor.forward, batches)
         norm = self.update(step)
         seconds = time.perf_counter() - start
         return {
@@ -148,24 +129,39 @@ class Trainer:
         tokens = int(self.mesh.replica.all_reduce(mine))
         positions = self.cfg.global_batch_size * self.cfg.sequence_length
         router.begin_step(self.model, 1 / positions)
-        actions = accumulation(len(batches))[self.mesh.pp.rank]
-        loss_sum = self.stage.run(actions, batches, max(tokens, 1))
+        loss_sum = self.executor.run(batches, max(tokens, 1))
         sharding.reduce_gradients(self.parameters, self.other_axes)
-        self.routing = router.settle(self.model, self.mesh.replica, positions)
-        loss = self.mesh.replica.all_reduce(loss_sum) / max(tokens, 1)
-        return float(loss), tokens
+        if self.model_cfg.experts:
+            copies, pp = self.axes.get("mirror"), self.mesh.pp
+            self.routing = router.settle(self.model, self.mesh.replica, positions, copies, pp)
+        loss_sum = self.mesh.pp.all_reduce(self.mesh.replica.all_reduce(loss_sum))
+        return float(loss_sum / max(tokens, 1)), tokens
 
     def update(self, step: int) -> float:
         """Clip, step, publish the weights; returns the gradient norm before clipping."""
-        norm = optim.clip(self.parameters, self.cfg.clip, self.mesh.world, self.mesh.axes)
+        optim.set_learning_rate(self.optimizer, optim.learning_rate(step, self.cfg))
+        norm = self._clip_and_step() if self.validation is None else self._step_and_validate()
         if not math.isfinite(norm):  # no step: the newest checkpoint must stay a good one
             raise TrainingError(f"the gradient norm is {norm} at step {step}; try a lower --lr.")
-        optim.set_learning_rate(self.optimizer, optim.learning_rate(step, self.cfg))
-        self.masters.take_gradients()
-        self.optimizer.step()
         self.masters.publish()
-        self.stage.synchroniser.publish()
-        return float(norm)
+        self.synchroniser.publish()
+        return norm
+
+    def _clip_and_step(self) -> float:
+        """All ranks learn the norm, then step."""
+        norm = float(optim.clip(self.parameters, self.cfg.clip, self.mesh.world, self.axes))
+        if math.isfinite(norm):
+            self.masters.take_gradients()
+            self.optimizer.step()
+        return norm
+
+    def _step_and_validate(self) -> float:
+        """Each pipeline stage steps, then learns whether it was right (post_validation.py)."""
+        self.masters.take_gradients()
+        self.validation.step(self.cfg.clip)
+        norm = self.validation.validate()
+        self.validation.finish()
+        return norm
 
     def _deal(self, step: int) -> list[tuple]:
         """This rank's micro-batches of global batch `step`: a contiguous run of its rows."""
@@ -194,10 +190,11 @@ class Trainer:
         for i in range(len(held_out)):
             rows = held_out.micro_batch(i, dp.rank * size, size, self.columns)
             batch = self._to_model(rows, 0)
-            sums[0] += self.model(*batch)
-            sums[1] += (batch[1] != IGNORED).sum()
+            loss = self.executor.forward(batch)
+            if loss is not None:  # it is known to one of the pipeline ranks
+                sums += torch.stack([loss, (batch[1] != IGNORED).sum()])
         self.model.train()
-        loss_sum, tokens = self.mesh.replica.all_reduce(sums).tolist()
+        loss_sum, tokens = self.mesh.pp.all_reduce(self.mesh.replica.all_reduce(sums)).tolist()
         return loss_sum / tokens
 
     @torch.no_grad()
@@ -214,10 +211,13 @@ class Trainer:
         mine_BT = torch.tensor([padded], device=self.device)[:, self.positions_T]
         where = Where(self.positions_T, torch.zeros(1, dtype=torch.int64, device=self.device))
         self.model.eval()
-        logits_TV = self.model(mine_BT, None, where)[0]
+        logits_BTV = self.executor.forward((mine_BT, None, where))
         self.model.train()
         last_T = self.positions_T == len(tokens) - 1  # on one of the ranks that share the sequence
-        return self.mesh.cp.all_reduce(logits_TV[last_T].float().sum(0))
+        logits_V = torch.zeros(self.model_cfg.vocab_size, device=self.device)
+        if logits_BTV is not None:  # on one of the pipeline ranks
+            logits_V += logits_BTV[0, last_T].float().sum(0)
+        return self.mesh.pp.all_reduce(self.mesh.cp.all_reduce(logits_V))
 
     # ---- a whole run
 

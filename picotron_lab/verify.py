@@ -79,7 +79,8 @@ BASE = TrainConfig(
 # 8 windows of 16 bytes and a ragged one of 4: ranks count different numbers of labels
 TEXT = "a gradient is a sum over tokens, never a mean over ranks; " * 3
 TEXT_BYTES = 8 * 16 + 5
-SHARED = ("dropout", "optimizer", "lr", "sequence_length")  # one device is asked for these as well
+# one device is asked for these as well
+SHARED = ("dropout", "optimizer", "lr", "clip", "sequence_length")
 
 
 def verify(
@@ -135,14 +136,22 @@ def trajectories(
 def _on_wire(trainer: Trainer) -> int:
     """Bytes that this rank sent, if every call went around a ring (ledger.py)."""
     sizes = {name: axis.size for name, axis in trainer.mesh.axes.items()}
-    sizes["world"] = trainer.mesh.world.size
+    sizes |= {"world": trainer.mesh.world.size, "tie": 2, "mirror": 2, "pp.F": 2, "pp.B": 2}
+    pp = trainer.mesh.pp.size
+    sizes |= {
+        "pp.all.F": pp,
+        "pp.all.B": pp,
+        "pp.all.dx": pp,
+        "validation": pp,
+        "stage": sizes["world"] // pp,
+    }
     calls = trainer.mesh.world.ledger.calls
     return round(sum(wire_bytes(call.op, call.bytes, sizes[call.axis]) for call in calls))
 
 
 def held(trainer: Trainer) -> dict[str, list[Tensor]]:
     """What a rank keeps from step to step, by the categories of analysis/memory.py."""
-    parameters, sync = list(trainer.model.parameters()), trainer.stage.synchroniser
+    parameters, sync = list(trainer.model.parameters()), trainer.synchroniser
     moments = [tensor for _, tensor in optim.moments(trainer.optimizer)]
     units = [m for m in trainer.model.modules() if isinstance(m, Sharded)]
     buffers = [buffer for unit in units for buffer in unit.gatherer.buffers]

@@ -16,9 +16,8 @@ Steps   naive  F1: largest |max| F2: sums |sum| B: gradients |dX|               
 Before  each rank holds both [V, D] matrices and [N, V] logits
 After   rank k holds R = ceil(V/n) rows of each (the last ranks fewer, or none), [N, R] logits
 Wire    N tokens, b bytes per activation; fused: in chunks of tokens. Embedding: all_reduce(N D b).
-        Loss, statistics in float32: naive all_reduce(4N), all_reduce(8N), all_reduce(N D b); 1 and
-        2 all_gather(12 n N) (paper: a max and two sums, all_reduces of 12 N in all; here one call),
-        all_reduce(N D b). Logits, when there are no labels: all_gather(n R N b)
+        Loss, statistics in float32: naive all_reduce(4N), all_reduce(8N), all_reduce(N D b); 1, 2
+        all_gather(12 n N) (paper: all_reduces of 12 N), all_reduce(N D b). Logits: all_gather(nRNb)
 Axes    any: tp, or pp, whose first and last stage would do more; x and its gradient are whole
 Dims    B micro-batch  T sequence  N = B*T tokens  D width  V vocabulary  R rows of this rank
 Read    parallelize -> VocabEmbedding, VocabHead -> Passes -> Naive, Algorithm1, Algorithm2 -> Loss
@@ -97,17 +96,20 @@ class VocabEmbedding(nn.Module):
         self.weight, self.shard = weight, shard
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        self.shard.check(tokens_BT, "token")
-        local_BT = self.shard.local(tokens_BT)
-        x_BTD = rows_of(self.weight, local_BT).masked_fill((local_BT < 0)[..., None], 0)
+        x_BTD = self.look_up(tokens_BT)
         values_BTD = x_BTD.detach()  # written in place, unseen by autograd: the identity
         self.shard.axis.all_reduce(values_BTD, out=values_BTD)
         return x_BTD
 
+    def look_up(self, tokens_BT: Tensor) -> Tensor:
+        """Rows of this rank's words, zeros for all others: what forward adds up over the ranks."""
+        self.shard.check(tokens_BT, "token")
+        local_BT = self.shard.local(tokens_BT)
+        return rows_of(self.weight, local_BT).masked_fill((local_BT < 0)[..., None], 0)
+
 
 class VocabHead(nn.Module):
-    """x [B, T, D] -> with labels the sum of token losses, else logits [B, T, V] without gradient:
-    shard -> replicated (all_gather, n*R*N), for generation."""
+    """x [B, T, D] -> sum of token losses; without labels logits [B, T, V] (all_gather, n*R*N)."""
 
     def __init__(self, weight: nn.Parameter, shard: Shard, algorithm: str):
         super().__init__()
@@ -244,8 +246,7 @@ class Loss(torch.autograd.Function):
     """Sum of token losses. Plain: S and C1 in forward, T and C2 in backward.
 
     Fused: in chunks, and T in forward too, so that logits live briefly: the gradient of a sum needs
-    only one number from above. S of the next chunk runs while the numbers of this one travel. From
-    forward to backward it keeps dX and dW [R, D], this in float32.
+    only one number from above. Until backward it keeps dX, and dW [R, D] in float32.
     """
 
     @staticmethod
@@ -319,8 +320,7 @@ class Torch:
 
 
 def rows_of(w_RD: Tensor, local: Tensor) -> Tensor:
-    """Rows of the weight; where `local` is -1, another one. Without rows: zeros that depend on the
-    weight, so that backward gives it a gradient of shape [0, D]."""
+    """Rows of the weight, where `local` is -1 another one; of none, zeros that depend on it."""
     if w_RD.shape[0]:
         return F.embedding(local.clamp(min=0), w_RD)
     return w_RD.sum() + w_RD.new_zeros(*local.shape, w_RD.shape[1])

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from kernel_process import compile_in_a_process
 
 # Triton decides when a kernel is decorated, that is when its module is imported, whether the
 # kernel will be compiled for a GPU or interpreted on CPU tensors. Without a GPU: interpreted.
@@ -18,6 +19,12 @@ torch.set_num_threads(1)
 def device() -> str:
     """The GPU where there is one, so that one test covers both machines."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels() -> dict:
+    """What the compiler makes of all kernels for sm_90, in one process: its start takes longest."""
+    return compile_in_a_process()
 
 
 @pytest.fixture

@@ -1,19 +1,20 @@
 """Compile every Triton kernel for sm_90 (H100, H200), with or without a GPU; print JSON facts.
 
 Runs as a program of its own, because a kernel decorated under TRITON_INTERPRET=1 cannot be
-compiled. Per case: registers per thread, bytes of stack and local memory (spilled registers), and
-how often the machine code's PTX names each kind of global load and store. The argument "vocab" asks
-for the vocabulary kernels, otherwise all others are compiled.
+compiled. Per case: registers per thread, bytes of stack and local memory (spilled registers), how
+often the machine code's PTX names each kind of global load and store, and the order of global
+accesses and barriers.
 """
 
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
+import test_kernels_merge
+import test_kernels_permute
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -99,7 +100,9 @@ def compile_case(kernel, types: dict, constants: dict, warps: int) -> dict:
     )
     usage = resource_usage(compiled.asm["cubin"])
     accesses = re.findall(r"\b(?:ld|st)\.global\S*", compiled.asm["ptx"])
-    return {key: int(value) for key, value in usage} | {"accesses": Counter(accesses)}
+    order = re.findall(r"\b(?:ld\.global|st\.global|bar\.sync)", compiled.asm["ptx"])
+    facts = {"accesses": Counter(accesses), "order": order}
+    return {key: int(value) for key, value in usage} | facts
 
 
 def resource_usage(cubin: bytes) -> list[tuple[str, str]]:
@@ -115,6 +118,14 @@ def resource_usage(cubin: bytes) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    others = norm_cases() | rope_cases() | swiglu_cases()
-    everything = vocab_cases() if "vocab" in sys.argv[1:] else others
-    print(json.dumps({name: compile_case(*case) for name, case in everything.items()}))
+    groups = {
+        "norm, rope, swiglu": norm_cases() | rope_cases() | swiglu_cases(),
+        "vocab": vocab_cases(),
+        "merge": test_kernels_merge.cases(),
+        "permute": test_kernels_permute.cases(),
+    }
+    facts = {
+        group: {name: compile_case(*case) for name, case in cases.items()}
+        for group, cases in groups.items()
+    }
+    print(json.dumps(facts))

@@ -24,18 +24,21 @@ def kept_and_left(model, inputs):
         return kept, meter.live["activation"]
 
 
-SIZES = {torch.bfloat16: 2, torch.float32: 4, torch.float64: 8}
-
-
 @pytest.mark.parametrize(("kind", "impl"), ALL)
-@pytest.mark.parametrize("dtype", SIZES)
-@pytest.mark.parametrize("rate", [0.0, 0.3])
-@pytest.mark.parametrize("name", ["grouped", "one kv head", "no groups"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "rate"),
+    [
+        ("grouped", torch.bfloat16, 0.3),
+        ("one kv head", torch.float32, 0.0),
+        ("one kv head", torch.bfloat16, 0.0),
+        ("no groups", torch.float64, 0.3),
+    ],
+)
 def test_saved_bytes_equal_the_formula(kind, impl, dtype, rate, name):
-    for B, T in ((3, 7), (1, 10), (2, 1)):
+    for B, T in ((3, 7), (2, 1)):
         model = build(CONFIGS[name], kind, impl, rate, dtype)
         kept, left = kept_and_left(model, batch(B, T))
-        setting = Setting(B, T, SIZES[dtype], dropout=rate > 0)
+        setting = Setting(B, T, dtype.itemsize, dropout=rate > 0)
         assert kept == model_bytes(CONFIGS[name], setting, kind)
         assert left == 0
 

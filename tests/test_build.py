@@ -27,8 +27,8 @@ MESHES = {
     "tp": MeshConfig(tp=4),
     "tp sp, all logits": MeshConfig(tp=2, sequence_parallel=True, vocab_parallel="none"),
     "zero1 tp": MeshConfig(dp=2, tp=2, zero=1, vocab_parallel="1"),
-    "zero2 tp sp": MeshConfig(dp=3, tp=2, zero=2, sequence_parallel=True),
-    "zero3 tp sp": MeshConfig(dp=2, tp=4, zero=3, sequence_parallel=True),
+    "zero2 tp sp": MeshConfig(dp=2, tp=2, zero=2, sequence_parallel=True),
+    "zero3 tp sp": MeshConfig(dp=2, tp=2, zero=3, sequence_parallel=True),
     "cp": MeshConfig(cp=2, cp_kind="ring"),
     "cp dp": MeshConfig(dp=2, cp=2, cp_kind="zigzag"),
     "cp tp sp zero2": MeshConfig(cp=2, cp_kind="all-gather", tp=2, sequence_parallel=True, zero=2),
@@ -36,6 +36,7 @@ MESHES = {
     "ep cp zero1": MeshConfig(dp=2, cp=2, cp_kind="ring", ep=4, zero=1),
     "ep zero3": MeshConfig(dp=6, ep=3, zero=3),
 }
+ALSO_TIED = ("zero1", "zero3", "tp", "zero2 tp sp", "zero3 tp sp")
 LONG = ("zero1 tp", "zero3 tp sp", "cp tp sp zero2", "ep cp zero1", "ep zero3")
 ALONE = Axis("world", [0], 0, Alone(), Ledger())
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in MESHES]
@@ -48,18 +49,24 @@ def base(tmp_path_factory):
     tokens = np.random.default_rng(1).integers(0, 61, 13 * 8 + 4).astype(np.uint16)
     np.save(folder / "tokens.npy", tokens)
     return TrainConfig(
-        global_batch_size=12, micro_batch_size=2, sequence_length=8, steps=6, lr=0.5, min_lr=0.1,
+        global_batch_size=12, micro_batch_size=12, sequence_length=8, steps=6, lr=0.5, min_lr=0.1,
         warmup_steps=2, optimizer="sgd", weight_decay=0.01, clip=0.5, dtype="float64",
         dropout=0.2, data=str(folder / "tokens.npy"), cache_dir=str(folder / "cache"),
         validation_fraction=0, bucket_mib=0.01,
     )  # fmt: skip
 
 
+def on_mesh(base, name, **changes):
+    """Each rank has two micro-batches in a step, or as many rows as there are."""
+    rows = 12 // MESHES[name].dp
+    return dataclasses.replace(base, micro_batch_size=max(1, rows // 2), **changes)
+
+
 def models_for(name):
-    """A model with experts where they are shared out; else untied and, where it may be, tied."""
+    """A model with experts where they are shared out; else an untied and perhaps a tied one."""
     if "ep" in name:
         return [EXPERTS]
-    return [MODEL] if MESHES[name].vocab_parallel == "none" else [MODEL, TIED]
+    return [MODEL, TIED] if name in ALSO_TIED else [MODEL]
 
 
 def full_weights(model_cfg, cfg):
@@ -76,7 +83,7 @@ def test_initial_weights_are_slices_of_one_devices(base, name):
     full = full_weights(model_cfg, base)
 
     def weights(world):
-        model = Trainer(model_cfg, MESHES[name], base, world).model
+        model = Trainer(model_cfg, MESHES[name], on_mesh(base, name), world).model
         return [(p.record, p.detach()) for p in model.parameters()]
 
     covered = {key: torch.zeros_like(tensor) for key, tensor in full.items()}
@@ -123,6 +130,16 @@ def one_device(model_cfg, cfg, steps):
     return seen
 
 
+@pytest.fixture(scope="module")
+def expected(base):
+    """Three steps of every model on one device."""
+    models = [MODEL, TIED, EXPERTS]
+    seen = {model_cfg: one_device(model_cfg, base, 3) for model_cfg in models}
+    norms = [max(step[1] for step in steps) for steps in seen.values()]
+    assert min(norms) > base.clip, "clipping must do something"
+    return seen
+
+
 def held(trainer):
     """Weights of a rank, and the biases of its routers."""
     return [*trainer.model.parameters(), *trainer.model.buffers()]
@@ -154,19 +171,15 @@ def assert_equal(found, expected, limit=1e-10):
 
 @pytest.mark.parametrize("impl", ["plain", "fused"])
 @pytest.mark.parametrize("name", NAMES)
-def test_three_clipped_steps_equal_one_device(base, name, impl):
+def test_three_clipped_steps_equal_one_device(base, expected, name, impl):
     """Untied embeddings with 2 key/value heads, tied ones with 1; recomputed activations."""
     mesh_cfg = MESHES[name]
-    cfg = dataclasses.replace(
-        base, impl=impl,
-        recompute={"zero3": "full", "tp": "selective", "zero3 tp sp": "full"}.get(name, "none"),
-    )  # fmt: skip
+    kind = {"zero3": "full", "tp": "selective", "zero3 tp sp": "full"}.get(name, "none")
+    cfg = on_mesh(base, name, impl=impl, recompute=kind)
     for model_cfg in models_for(name):
-        expected = one_device(model_cfg, base, 3)
-        assert max(seen[1] for seen in expected) > base.clip, "clipping must do something"
         found = run_ranks(on_ranks, mesh_cfg.size, model_cfg, mesh_cfg, cfg, 3)
         for seen in found:
-            assert_equal(seen, expected)
+            assert_equal(seen, expected[model_cfg])
         assert_replicas_identical(found)
 
 
@@ -183,7 +196,8 @@ def assert_replicas_identical(found):
 def test_ranks_that_share_a_sequence_predict_like_one_device(base, kind):
     """Whichever rank holds the last token, and however many other sequences there are."""
     tokens = np.load(base.data)[:8].tolist()
-    counts, cfg = (1, 3, 5, 6, 8), dataclasses.replace(base, dropout=0.0)
+    counts = (1, 3, 5, 6, 8)
+    cfg = dataclasses.replace(base, dropout=0.0, micro_batch_size=2)
     mesh_cfg = MeshConfig(dp=2, cp=2, cp_kind=kind)
 
     def predict(world, mesh_cfg):
@@ -219,19 +233,25 @@ def load_and_go_on(world, model_cfg, mesh_cfg, cfg, path):
     return pieces, losses
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_checkpoint_of_any_mesh_loads_into_any_other(base, name, tmp_path):
-    """Weights and moments arrive to the last bit; two more steps equal an uninterrupted run."""
-    cfg = dataclasses.replace(base, optimizer="adamw", lr=0.01, min_lr=0.01,
-                              save_dir=str(tmp_path))  # fmt: skip
+ADAMW = {"optimizer": "adamw", "lr": 0.01, "min_lr": 0.01}
 
-    model_cfg = models_for(name)[0]
 
-    def uninterrupted(world):
-        trainer = Trainer(model_cfg, MeshConfig(), cfg, world)
+@pytest.fixture(scope="module")
+def uninterrupted(base):
+    """Losses of steps 2 and 3 of a run on one device."""
+
+    def losses(world, model_cfg):
+        trainer = Trainer(model_cfg, MeshConfig(), dataclasses.replace(base, **ADAMW), world)
         return [trainer.train_step(step)["loss"] for step in range(4)][2:]
 
-    expected = run_ranks(uninterrupted, 1)[0]
+    return {model_cfg: run_ranks(losses, 1, model_cfg)[0] for model_cfg in (MODEL, EXPERTS)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_of_any_mesh_loads_into_any_other(base, uninterrupted, name, tmp_path):
+    """Weights and moments arrive to the last bit; two more steps equal an uninterrupted run."""
+    model_cfg, changes = models_for(name)[0], {**ADAMW, "save_dir": str(tmp_path)}
+    cfg = on_mesh(base, name, **changes)
     full = {}
     saved = run_ranks(save_after_two_steps, MESHES[name].size, model_cfg, MESHES[name], cfg)
     for pieces in saved:
@@ -240,10 +260,11 @@ def test_a_checkpoint_of_any_mesh_loads_into_any_other(base, name, tmp_path):
             whole[record.index] = tensor
     path = checkpoint.latest(tmp_path)
     names = [other for other in MESHES if "ep" in name or "ep" not in other]
-    others = [names[(names.index(name) + shift) % len(names)] for shift in (1, 3)]
-    for mesh_cfg in [MeshConfig(), *(MESHES[other] for other in others)]:
+    other = names[(names.index(name) + 1) % len(names)]  # so that each is loaded once
+    alone = (MeshConfig(), dataclasses.replace(base, **changes))
+    for mesh_cfg, cfg in (alone, (MESHES[other], on_mesh(base, other, **changes))):
         loaded = run_ranks(load_and_go_on, mesh_cfg.size, model_cfg, mesh_cfg, cfg, path)
         for pieces, losses in loaded:
-            assert losses == pytest.approx(expected, rel=1e-10)
+            assert losses == pytest.approx(uninterrupted[model_cfg], rel=1e-10)
             for record, tensor in pieces:
                 assert torch.equal(tensor, full[record.name][record.index]), record

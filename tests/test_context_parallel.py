@@ -324,8 +324,8 @@ def test_bfloat16_is_as_exact_as_torchs(kind, impl):
 @pytest.mark.parametrize("impl", ["plain", "fused"])
 @pytest.mark.parametrize("kind", ["ring", "zigzag", "all-gather"])
 def test_long_sequences_are_as_exact_as_torchs(kind, impl):
-    """8192 tokens in float32 on 4 ranks, beside float64: as exact as torch on one device."""
-    inputs = attention_inputs((1, 8192, 2, 1, 32), torch.float32, scale=1.0)
+    """4096 tokens in float32 on 4 ranks, beside float64: as exact as torch on one device."""
+    inputs = attention_inputs((1, 4096, 2, 1, 32), torch.float32, scale=1.0)
     exact = by_torch([x.double() for x in inputs])
     mine, torchs = error(by_ranks(4, kind, impl, inputs), exact), error(by_torch(inputs), exact)
     assert all(a <= MERGED * b for a, b in zip(mine, torchs, strict=True)), (mine, torchs)

@@ -1,12 +1,12 @@
 """data.py: text survives tokenization, files are published whole, no mesh changes the order."""
 
 import importlib.util
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import sysconfig
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -171,22 +171,31 @@ def test_threads_preparing_at_once_agree(tmp_path: Path, monkeypatch: pytest.Mon
     assert list((tmp_path / "failed").iterdir()) == [], "a failure leaves nothing"
 
 
+def prepare_or_die(folder: Path, cache: Path) -> None:
+    """What a process does; in the cache "killed" it dies after half a document."""
+
+    def die(files: object) -> Iterator[str]:
+        yield "half" * 10**5
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    corpus._documents = die if cache.name == "killed" else corpus._documents
+    prepare(str(folder), "bytes", cache)
+
+
 def test_processes_at_once_and_one_killed_half_way(tmp_path: Path) -> None:
     """Two processes write at once; a third dies after its first document."""
     folder, cache, killed = tmp_path / "texts", tmp_path / "cache", tmp_path / "killed"
     for number in range(50):
         write(folder / f"{number:02}", f"document {number} " * 2000)
-    program = """if True:
-        import os, pathlib, sys
-        from picotron_lab import corpus, data
-        def die(files):
-            yield "half" * 10**5
-            os.kill(os.getpid(), 9)
-        corpus._documents = die if sys.argv[2].endswith("killed") else corpus._documents
-        corpus.prepare(sys.argv[1], "bytes", pathlib.Path(sys.argv[2]))"""
-    commands = [[sys.executable, "-c", program, folder, place] for place in (cache, cache, killed)]
-    processes = [subprocess.Popen(command, cwd=REPOSITORY) for command in commands]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0, -signal.SIGKILL]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "numpy", "picotron_lab.comm"])  # as processes.py does
+    places = [(folder, cache), (folder, cache), (folder, killed)]
+    processes = [context.Process(target=prepare_or_die, args=place) for place in places]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, -signal.SIGKILL]
     assert [file.suffix for file in killed.iterdir() if file.stat().st_size > 0] == [".tmp"]
     (published,) = cache.iterdir()
     ids = [np.frombuffer(path.read_bytes(), np.uint8) for path in sorted(folder.iterdir())]

@@ -150,7 +150,7 @@ class A(nn.Module):
 '''
 GOOD = {
     ZERO: GOOD_TECHNIQUE,
-    "picotron_lab/tensor_parallel.py": "from picotron_lab.schedules.basic import accumulation",
+    "picotron_lab/tensor_parallel.py": "from picotron_lab.schedules.basic import one_f_one_b",
     "picotron_lab/analysis/dryrun.py": "from picotron_lab.trainer import Trainer",
     "picotron_lab/schedules/basic.py": "from picotron_lab.schedules.actions import Action",
     "picotron_lab/fused.py": "def _f():\n    from picotron_lab.kernels import norm",

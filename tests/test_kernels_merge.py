@@ -1,15 +1,10 @@
-"""The merge kernel: against float64, by hand, against the whole softmax, and as machine code.
+"""The merge kernel: against float64, by hand, against the whole softmax, and as machine code."""
 
-Run as a program, this file compiles the kernel for sm_90 and prints JSON facts: see kernel_aot.py.
-"""
-
-import json
 import math
 import re
 
 import pytest
 import torch
-from kernel_process import compile_in_a_process
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="the fused kernels need Triton; the plain path does not")
@@ -220,10 +215,10 @@ def cases() -> dict:
     return found
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict:
+@pytest.fixture
+def compiled(compiled_kernels) -> dict:
     """What the compiler made of the kernel for sm_90, in a process without the interpreter."""
-    return compile_in_a_process(__file__)
+    return compiled_kernels["merge"]
 
 
 def test_compiled_kernel_keeps_everything_in_registers(compiled):
@@ -251,20 +246,3 @@ def test_no_lse_is_overwritten_before_every_warp_has_read_it(compiled):
     """Several warps read a row's lse, and one writes it: last of all, after all have met."""
     for name, facts in compiled.items():
         assert facts["order"][-2:] == ["bar.sync", "st.global"], name
-
-
-def compile_and_order(case: tuple) -> dict:
-    """The facts of kernel_aot.py, and the order of memory accesses and barriers in the PTX."""
-    import triton
-    from kernel_aot import compile_case
-
-    compiled, compile_kernel = [], triton.compile
-    triton.compile = lambda *a, **k: compiled.append(compile_kernel(*a, **k)) or compiled[-1]
-    facts = compile_case(*case)
-    triton.compile = compile_kernel
-    order = re.findall(r"\b(?:ld\.global|st\.global|bar\.sync)", compiled[-1].asm["ptx"])
-    return facts | {"order": order}
-
-
-if __name__ == "__main__":
-    print(json.dumps({name: compile_and_order(case) for name, case in cases().items()}))

@@ -1,16 +1,11 @@
-"""The kernels around experts: against float64, within the experts, and as machine code.
+"""The kernels around experts: against float64, within the experts, and as machine code."""
 
-As a program of its own (without the interpreter) it compiles them for sm_90 and prints the facts.
-"""
-
-import json
 import math
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_process import compile_in_a_process
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="the fused kernels need Triton; the plain path does not")
@@ -335,10 +330,10 @@ def cases() -> dict:
     return found
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict:
+@pytest.fixture
+def compiled(compiled_kernels) -> dict:
     """What the compiler made of the kernels for sm_90, in a process without the interpreter."""
-    return compile_in_a_process(__file__)
+    return compiled_kernels["permute"]
 
 
 def test_compiled_kernels_keep_everything_in_registers(compiled):
@@ -360,9 +355,3 @@ def test_compiled_kernels_move_128_bits_at_a_time(compiled):
             # gathered and written rows: at least one access for 8 numbers, two in fp32
             assert sum(wide.values()) >= (2 if "bf16" in name or "gates" in name else 4), name
             assert narrow <= (0 if "activate" in name else 16), name
-
-
-if __name__ == "__main__":
-    from kernel_aot import compile_case
-
-    print(json.dumps({name: compile_case(*case) for name, case in cases().items()}))

@@ -1,12 +1,10 @@
 """The kernels as torch sees them (fake tensors, tracing, refusals), and as sm_90 machine code."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_process import compile_in_a_process
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="the fused kernels need Triton; the plain path does not")
@@ -131,10 +129,10 @@ def test_tensors_that_do_not_fit_are_refused(device):
 # ---- compiled for a GPU that need not be there
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict:
-    """What the compiler made of every kernel for sm_90, in a process without the interpreter."""
-    return compile_in_a_process(Path(__file__).parent / "kernel_aot.py")
+@pytest.fixture
+def compiled(compiled_kernels) -> dict:
+    """What the compiler made of these kernels for sm_90, in a process without the interpreter."""
+    return compiled_kernels["norm, rope, swiglu"]
 
 
 def test_compiled_kernels_keep_everything_in_registers(compiled):

@@ -2,12 +2,10 @@
 
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_process import compile_in_a_process
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="the fused kernels need Triton; the plain path does not")
@@ -241,10 +239,10 @@ def test_refusals(device):
 # ---- compiled for a GPU that need not be there
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict:
+@pytest.fixture
+def compiled(compiled_kernels) -> dict:
     """What the compiler made of the kernels for sm_90, in a process without the interpreter."""
-    return compile_in_a_process(Path(__file__).parent / "kernel_aot.py", "vocab")
+    return compiled_kernels["vocab"]
 
 
 def test_compiled_kernels_keep_everything_in_registers(compiled):

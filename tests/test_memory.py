@@ -382,10 +382,9 @@ def test_a_collective_inside_backward_is_seen_by_its_rank():
     assert run_ranks(run, 2) == [expected] * 2
 
 
-def test_a_process_gives_the_figures_of_a_thread():
-    threads = run_ranks(adam_step, 2, 16)
-    assert threads[0] == threads[1] == adam_step(None, 16)
-    assert run_processes(adam_step, 2, 16) == threads
+@pytest.mark.parametrize("run", [run_ranks, pytest.param(run_processes, marks=pytest.mark.slow)])
+def test_a_rank_has_the_figures_of_a_program_that_is_alone(run):
+    assert run(adam_step, 2, 16) == [adam_step(None, 16)] * 2
 
 
 # ---- the machine

@@ -9,22 +9,54 @@ from mutants import (
     context_paths,
     gradients,
     model_and_run,
+    pipelines,
     splitting,
 )  # fmt: skip
 
 TESTS = Path(__file__).parent
 MUTANTS = [
     mutant
-    for module in (gradients, model_and_run, splitting, context_and_experts, context_paths)
+    for module in (
+        gradients, model_and_run, splitting, context_and_experts, context_paths, pipelines,
+    )
     for mutant in vars(module).values()
     if isinstance(mutant, Mutant)
-]
+]  # fmt: skip
+QUIET = ["-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", ""]
 
 
-def run_test(node: str) -> int:
-    """pytest's exit code of one test: 0 passed, 1 failed, others not run at all."""
-    quiet = ["-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-p", "no:randomly"]
-    return int(pytest.main([*quiet, "-m", "", str(TESTS / node)]))
+class OneAfterTheOther:
+    """A plugin of pytest: runs the tests that mutants name, each while the library is broken.
+
+    One run for all, since pytest takes longer to start and to end than most tests take.
+    """
+
+    def __init__(self, mutants):
+        self.mutants, self.reports = mutants, {}
+
+    def pytest_runtestloop(self, session):
+        for mutant in self.mutants:
+            self.now = self.reports[mutant.name] = []
+            with pytest.MonkeyPatch.context() as patch:
+                mutant.breaks(patch)
+                for item in filter(mutant.is_killed_by, session.items):
+                    # no next item: what its fixtures hold is made again under the next mutant
+                    item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
+        return True
+
+    def pytest_runtest_logreport(self, report):
+        self.now.append(report)
+
+
+@pytest.fixture(scope="module")
+def reports(request):
+    """Of every chosen mutant, what pytest reports of the test that it names."""
+    cases = [item for item in request.session.items if item.path == request.path]
+    plugin = OneAfterTheOther([item.callspec.params["mutant"] for item in cases])
+    nodes = sorted({str(TESTS / mutant.killed_by) for mutant in plugin.mutants})
+    code = pytest.main([*QUIET, *nodes], plugins=[plugin])
+    assert code in (0, 1), f"pytest finds no such tests (exit code {code}): see what it prints"
+    return plugin.reports
 
 
 def needs_hugging_face(mutant: Mutant) -> bool:
@@ -32,11 +64,9 @@ def needs_hugging_face(mutant: Mutant) -> bool:
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
-def test_mutant_is_killed(mutant, capsys):
+def test_mutant_is_killed(mutant, reports):
     if needs_hugging_face(mutant):
         pytest.importorskip("transformers")
-    with pytest.MonkeyPatch.context() as patch:
-        mutant.breaks(patch)
-        code = run_test(mutant.killed_by)
-    assert code != 0, f"{mutant.name} survived {mutant.killed_by}: {mutant.what}"
-    assert code == 1, f"{mutant.killed_by} could not be run (pytest's exit code {code})"
+    outcomes = {report.outcome for report in reports[mutant.name] if report.when == "call"}
+    assert outcomes & {"passed", "failed"}, f"{mutant.killed_by} could not be run"
+    assert "failed" in outcomes, f"{mutant.name} survived {mutant.killed_by}: {mutant.what}"

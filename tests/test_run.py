@@ -70,34 +70,27 @@ def test_a_new_user_sees_metrics_and_a_sample(text, tmp_path, monkeypatch, capsy
 def test_threads_and_processes_print_the_same_curve(text, tmp_path):
     options = [*text, "--steps", "6", "--dtype", "float64", "--dropout", "0.1"]
     assert train(*options, "--log-file", str(tmp_path / "one")) == 0
-    launched = [
-        torchrun(n, *options, "--dp", str(n), "--log-file", str(tmp_path / f"processes{n}"))
-        for n in (2, 3)
-    ]
-    for n in (2, 4):
+    process = torchrun(2, *options, "--dp", "2", "--log-file", str(tmp_path / "processes"))
+    for n in (3, 4):
         assert train(*options, "--ranks", str(n), "--log-file", str(tmp_path / f"threads{n}")) == 0
-    for process in launched:
-        assert process.wait(120) == 0, process.stderr.read()
-    for name in ("threads2", "threads4", "processes2", "processes3"):
+    assert process.wait(120) == 0, process.stderr.read()
+    for name in ("threads3", "threads4", "processes"):
         assert_same(metrics(tmp_path / name), metrics(tmp_path / "one"), 1e-10)
 
 
 @pytest.mark.slow
-def test_four_processes_and_two_launchers(text, tmp_path):
-    """torchrun --nproc-per-node 4, and two nodes of 2 ranks each that meet on loopback."""
-    options = [*text, "--steps", "6", "--dtype", "float64", "--dp", "4"]
-    assert train(*options, "--ranks", "4", "--log-file", str(tmp_path / "one")) == 0
-    four = torchrun(4, *options, "--log-file", str(tmp_path / "four"))
-    assert four.wait(180) == 0, four.stderr.read()
+def test_two_launchers(text, tmp_path):
+    """Two nodes of one rank each that meet on loopback; test_run_split.py has 4 processes."""
+    options = [*text, "--steps", "6", "--dtype", "float64", "--dp", "2"]
     meet = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:29741"]
     nodes = [
-        torchrun(2, *options, "--log-file", str(tmp_path / "nodes"), launcher=meet)
+        torchrun(1, *options, "--log-file", str(tmp_path / "nodes"), launcher=meet)
         for _ in range(2)
     ]
+    assert train(*options, "--ranks", "2", "--log-file", str(tmp_path / "one")) == 0
     for node in nodes:
         assert node.wait(180) == 0, node.stderr.read()
-    for name in ("four", "nodes"):
-        assert_same(metrics(tmp_path / name), metrics(tmp_path / "one"), 1e-10)
+    assert_same(metrics(tmp_path / "nodes"), metrics(tmp_path / "one"), 1e-10)
 
 
 # ---- resuming
@@ -166,7 +159,7 @@ def test_killed_rank_ends_all_and_the_next_start_goes_on(text, tmp_path, moment)
     saved, every = tmp_path / "saved", {"training": "5", "saving": "1"}[moment]
     options = [*text, "--steps", "100000", "--save-dir", str(saved), "--save-every", every]
     options += ["--timeout", "20"]
-    process = torchrun(3, *options)
+    process = torchrun(2, *options)
     wait_for(lambda: checkpoint.latest(saved) is not None)
     if moment == "saving":
         wait_for(lambda: list(saved.glob("*.partial")), pause=0.0)
@@ -341,6 +334,7 @@ def test_damaged_checkpoint_is_refused_and_a_good_one_offered(text, tmp_path, ca
     assert run.main(["--resume", good, "--steps", "3", "--save-dir", str(tmp_path / "b")]) == 0
 
 
+@pytest.mark.slow
 def test_wrong_option_under_torchrun_is_said_once(text):
     process = torchrun(2, *text, "--dp", "3")
     _, errors = process.communicate(timeout=60)
@@ -356,12 +350,12 @@ def test_sentence_without_traceback_from_the_shell(tmp_path):
     assert done.stderr == "error: unrecognized arguments: --stesp 3; did you mean --steps?\n"
 
 
-def test_help_shows_a_slurm_job():
-    done = subprocess.run(
-        [sys.executable, "run.py", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0
-    assert "#SBATCH" in done.stdout and "--nnodes" in done.stdout
+def test_help_shows_a_slurm_job(capsys):
+    with pytest.raises(SystemExit) as end:
+        run.main(["--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert "#SBATCH" in out and "--nnodes" in out
 
 
 # ---- Hugging Face
@@ -386,12 +380,12 @@ def test_export_and_import_round_trip(text, tmp_path):
 
 @pytest.mark.slow
 def test_verify_prints_a_table_and_json(capsys, monkeypatch):
-    """Every other row as JSON, a few as a table."""
-    monkeypatch.setattr(run, "cases", lambda: cases()[::2])
+    """Every third row as JSON, a few as a table."""
+    monkeypatch.setattr(run, "cases", lambda: cases()[::3])
     assert run.main(["verify", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    monkeypatch.setattr(run, "cases", lambda: cases()[:5])
+    monkeypatch.setattr(run, "cases", lambda: cases()[:3])
     assert run.main(["verify"]) == 0
-    assert capsys.readouterr().out.count("\nok ") == 5
-    assert len(rows) >= 40
+    assert capsys.readouterr().out.count("\nok ") == 3
+    assert len(rows) >= 28
     assert all(row["good"] and row["deviation"] <= row["limit"] for row in rows)

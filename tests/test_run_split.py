@@ -5,31 +5,29 @@ from test_run import assert_same, metrics, stop_after, torchrun, train
 
 import run
 
-SPLITS = {
-    "zero3 tp": ["--dp", "2", "--tp", "2", "--zero", "3", "--sequence-parallel"],
-    "zero2": ["--zero", "2", "--recompute", "full"],
-    "cp": ["--cp", "4", "--cp-kind", "zigzag"],
-    "cp tp plain": ["--cp", "2", "--cp-kind", "ring", "--tp", "2", "--impl", "plain"],
-    "ep cp zero3": ["--ep", "2", "--cp", "2", "--cp-kind", "all-gather", "--zero", "3"],
-}
-QUICK = ("ep cp zero3",)
-NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in SPLITS]
+SPLITS = {  # processes and options
+    "ep cp zero3": (2, ["--ep", "2", "--cp", "2", "--cp-kind", "all-gather", "--zero", "3"]),
+    "cp tp sp zero3, plain": (4, ["--cp", "2", "--cp-kind", "zigzag", "--tp", "2", "--zero", "3",
+                                  "--sequence-parallel", "--impl", "plain"]),
+}  # fmt: skip
+NAMES = ["ep cp zero3", pytest.param("cp tp sp zero3, plain", marks=pytest.mark.slow)]
 EXPERTS = ["--experts", "5", "--shared-experts", "1", "--balance-loss", "0.01", "--z-loss", "0.01",
            "--balance-speed", "0.001", "--router", "sigmoid"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_split_models_print_the_same_curve_and_sample(name, text, tmp_path, capsys):
-    """4 real processes that share the model, beside one process."""
+    """Real processes that share the model, beside one that has all of it."""
+    ranks, split = SPLITS[name]
     options = [*text, "--steps", "3", "--dtype", "float64", "--dropout", "0.1", "--heads", "2"]
     options += EXPERTS if "ep" in name else []
-    launched = torchrun(4, *options, *SPLITS[name], "--log-file", str(tmp_path / "four"))
+    launched = torchrun(ranks, *options, *split, "--log-file", str(tmp_path / "many"))
     assert train(*options, "--log-file", str(tmp_path / "one")) == 0
     sample = capsys.readouterr().out.split("metrics:")[0]
     out, errors = launched.communicate(timeout=180)
     assert launched.returncode == 0, errors
     assert out.split("metrics:")[0] == sample
-    assert_same(metrics(tmp_path / "four"), metrics(tmp_path / "one"), 1e-10)
+    assert_same(metrics(tmp_path / "many"), metrics(tmp_path / "one"), 1e-10)
 
 
 def test_ranks_that_share_experts_write_together(text, capsys):

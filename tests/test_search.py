@@ -50,7 +50,14 @@ RATES = """
 """
 
 
-@pytest.mark.parametrize("row", RATES.split("\n")[1:-1])
+def rows(table):
+    """Large steps only among the slow tests."""
+    lines = [" ".join(line.split()) for line in table.split("\n")[1:-1]]
+    slow = [[pytest.mark.slow] if int(line.split()[1]) >= 96 else [] for line in lines]
+    return [pytest.param(line, marks=marks) for line, marks in zip(lines, slow, strict=True)]
+
+
+@pytest.mark.parametrize("row", rows(RATES))
 def test_published_bubble_rates(row):
     p, m, *_, width, heads = map(int, (part for part in row.split() if "." not in part))
     forward, backward, weights, transfer, *published = (float(s) for s in row.split() if "." in s)
@@ -102,15 +109,19 @@ def sizes(count):
         v, p = chosen.choice((1, 1, 2, 2, 3)), chosen.choice((1, 2, 3, 4, 6))
         m = chosen.choice((1, p, 2 * p, 4 * p, 3 * p + 1))
         uneven = tuple(chosen.choice((0.7, 1, 1, 1.5, 2)) for _ in range(p * v))
+        head = (*[1] * (p * v - 1), (1.5, 2.5, 2))  # the output layer: other ratios of F, B and W
         costs = Costs(
             B=chosen.choice((1, 1.2)), W=chosen.choice((1, 0.6)), transfer=chosen.choice((0, 0.1)),
-            factors=chosen.choice((uneven, uneven, ())),
+            factors=chosen.choice((uneven, uneven, head, ())),
         )  # fmt: skip
         yield p, m, v, costs, chosen.choice((0, v, 1.5 * v, p * v, 1.5 * p * v, 2 * p * v))
 
 
-def test_auto_is_never_worse_than_the_best_handmade_one_that_fits():
-    for p, m, v, costs, limit in sizes(60):
+@pytest.mark.parametrize(
+    "count", [20, pytest.param(80, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_auto_is_never_worse_than_the_best_handmade_one_that_fits(count):
+    for p, m, v, costs, limit in sizes(count):
         options = Options(virtual_stages=v, costs=costs, memory_limit=limit)
         made = build("auto", p, m, options)
         validate(made, limit)

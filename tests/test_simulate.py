@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from picotron_lab.schedules.actions import Schedule, ScheduleError, parse
-from picotron_lab.schedules.costs import Costs, Options
+from picotron_lab.schedules.costs import Costs, Options, parse_costs
 from picotron_lab.schedules.registry import build
 from picotron_lab.schedules.simulate import Deadlock, peaks, simulate
+from picotron_lab.schedules.validator import validate
 
 
 def schedule(*lists, placement=None, **more):
@@ -118,10 +119,49 @@ def test_peaks_with_three_changes_of_memory():
     assert peaks(sliced) == (1,)
 
 
+# ---- costs
+
+
+def test_costs():
+    costs = parse_costs("F=2,B=3,W=0.5,transfer=1e-2")
+    assert costs == Costs(F=2, B=3, W=0.5, transfer=0.01)
+    assert [costs.of(parse(text)) for text in ("F0.0", "BW0.0", "S.1", "F0.1&BW3.0")] == [
+        2, 3.5, 1, 5.5,
+    ]  # fmt: skip
+    uneven = Costs(F=2, pair=5, factors=(1, 3))
+    assert [uneven.of(parse(text)) for text in ("F0.0", "F1.0", "IF.0", "F0.1&BW1.0")] == [
+        2, 6, 1, 10,
+    ]  # fmt: skip
+    measured = Costs(F=2, pair=3, factors=((1, 2, 3), (0.5, 1, 1)))  # of F, B and W
+    assert [measured.of(parse(text)) for text in ("F0.0", "B0.0", "W0.0", "BW0.0", "F1.0")] == [
+        2, 2, 3, 5, 1,
+    ]  # fmt: skip
+    assert measured.of(parse("F1.1&BW0.0")) == 3 * (1 + 5) / (2 + 2)
+
+
+@pytest.mark.parametrize("text", ["F", "F=", "F=x", "Q=1", "F=-1", "factors=1", "F=1;B=2"])
+def test_wrong_costs(text):
+    with pytest.raises(ScheduleError, match="needs a name of F, B, W.* and a time, as in F=1"):
+        parse_costs(text)
+
+
+def test_impossible_costs():
+    with pytest.raises(ScheduleError, match="cost W=-1 is no time"):
+        Costs(W=-1)
+    with pytest.raises(ScheduleError, match="is no time"):
+        Costs(factors=(1, float("nan")))
+    with pytest.raises(ScheduleError, match=r"cost factors\[1\]=-2 is no time"):
+        Costs(factors=(1, (1, -2, 1)))
+
+
+# ---- large steps
+
+
 @pytest.mark.slow
 def test_a_large_step():
     # interleaved, p = 64, m = 1024, v = 4: m v (F+B+W) + (p-1)(F+B+W), in units of a chunk
     made = build("interleaved", 64, 1024, Options(virtual_stages=4))
+    validate(made)
     assert simulate(made).makespan == 1024 * 4 * 3 + 63 * 3
 
 
@@ -145,7 +185,14 @@ RATES = """
 """
 
 
-@pytest.mark.parametrize("row", RATES.split("\n")[1:-1])
+def rows(table):
+    """Large steps only among the slow tests."""
+    lines = [" ".join(line.split()) for line in table.split("\n")[1:-1]]
+    slow = [[pytest.mark.slow] if int(line.split()[1]) >= 96 else [] for line in lines]
+    return [pytest.param(line, marks=marks) for line, marks in zip(lines, slow, strict=True)]
+
+
+@pytest.mark.parametrize("row", rows(RATES))
 def test_published_bubble_rates(row):
     p, m, v = map(int, row.split()[:3])
     forward, backward, weights, transfer, *published = map(float, row.split()[3:])

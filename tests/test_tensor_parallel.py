@@ -287,8 +287,9 @@ def test_wide_gradients_of_narrow_weights(sequence):
 
 @pytest.mark.parametrize("impl", ["plain", "fused"])
 @pytest.mark.parametrize("n", [1, 2, 4])
-@pytest.mark.parametrize(("kv_heads", "dropout", "B"), [(8, 0, 1), (2, 0.3, 3)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kv_heads", "dropout", "B", "dtype"), [(8, 0, 1, torch.float32), (2, 0.3, 3, torch.bfloat16)]
+)
 def test_saved_activations_of_a_layer(impl, n, kv_heads, dropout, B, dtype):
     job = Job(impl=impl, dropout=dropout, B=B, T=12, dtype=dtype)
     job = job.with_model(kv_heads=kv_heads, ffn_size=24)
@@ -301,14 +302,15 @@ def test_saved_activations_of_a_layer(impl, n, kv_heads, dropout, B, dtype):
 # ---- real processes
 
 
-@pytest.mark.parametrize("path", ["plain", "fused"])
-def test_a_block_equals_torchs_own_tensor_parallelism(path):
-    job = replace(PATHS[path], dropout=0).with_model(kv_heads=4)
-    for (y, dx, theirs), (our_y, our_dx, ours, ops) in run_processes(programs.both, 2, job):
-        torch.testing.assert_close(our_y, y, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(our_dx, dx, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-        assert ops == ["all_reduce"] * 4
+def test_a_block_equals_torchs_own_tensor_parallelism():
+    """Both paths in the same processes, which need seconds to get ready for torch's."""
+    jobs = [replace(PATHS[path], dropout=0).with_model(kv_heads=4) for path in ("plain", "fused")]
+    for (y, dx, theirs), *both_paths in run_processes(programs.beside_torch, 2, jobs):
+        for our_y, our_dx, ours, ops in both_paths:
+            torch.testing.assert_close(our_y, y, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(our_dx, dx, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+            assert ops == ["all_reduce"] * 4
 
 
 def test_processes_equal_one_device():

@@ -170,7 +170,17 @@ def test_picture_tells_chunks_and_kinds_apart():
     assert len(top.collections) == 6  # F, B, W of two chunks
     assert [text.get_text() for text in top.get_legend().get_texts()] == [
         "forward", "backward for the input", "backward for the weights",
+        "darker: later stages of a rank",
     ]  # fmt: skip
+
+
+def test_picture_shows_both_bubbles():
+    top, below = draw(simulate(build("zb-v", 4, 8))).axes
+    first, second = top.get_title(loc="left").split("\n")
+    assert first == "zb-v: 4 ranks, 8 micro-batches, makespan 51"
+    assert second == "bubble 3 = 5.9% of the makespan; per stage 0 = 0.0%"
+    assert below.get_ylabel() == "activations\n(held until W)"
+    assert max(below.lines[2].get_ydata()) == 8
 
 
 def test_picture_of_slices_pairs_and_large_steps(tmp_path):
@@ -178,7 +188,7 @@ def test_picture_of_slices_pairs_and_large_steps(tmp_path):
     assert {text.get_text() for text in top.texts} == {"0/0", "0/1", "1/0", "1/1"}
     top, _ = draw(simulate(build("dualpipe", 2, 4))).axes
     assert {height for *_, height in boxes(top)} == {0.92, 0.42}  # members of a pair share a cell
-    top, _ = draw(simulate(build("1f1b", 16, 128))).axes
+    top, _ = draw(simulate(build("1f1b", 8, 160))).axes
     assert not top.texts
     save(simulate(build("1f1b-vocab1", 2, 2)), tmp_path / "vocab.png")
     assert (tmp_path / "vocab.png").read_bytes()[1:4] == b"PNG"

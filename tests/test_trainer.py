@@ -107,12 +107,14 @@ def assert_replicas_identical(found):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_every_split_of_the_batch_equals_one_device(base, optimizer):
+    """Six steps: more than two epochs."""
     base = dataclasses.replace(base, optimizer=optimizer, lr={"sgd": 0.5, "adamw": 0.02}[optimizer],
-                               min_lr=0.01)  # fmt: skip
-    expected = one_device(MODEL, base, 20)
-    for ranks, micro_batch in [(1, 12), (1, 3), (2, 6), (2, 2), (3, 2), (4, 1)]:
+                               min_lr=0.01, clip=0.5)  # fmt: skip
+    expected = one_device(MODEL, base, 6)
+    assert max(seen[1] for seen in expected) > base.clip, "clipping must do something"
+    for ranks, micro_batch in [(1, 12), (1, 3), (2, 6), (2, 2), (3, 2), (4, 3)]:
         cfg = dataclasses.replace(base, micro_batch_size=micro_batch)
-        found = run_ranks(on_ranks, ranks, MODEL, cfg, 20)
+        found = run_ranks(on_ranks, ranks, MODEL, cfg, 6)
         assert_equal(found[-1], expected, 1e-10, f"{ranks} ranks, micro-batch {micro_batch}")
         assert_replicas_identical(found)
 
@@ -149,7 +151,7 @@ def test_float32_stays_within_rounding(base, optimizer):
         base, optimizer=optimizer, dtype="float32", impl="fused", lr=lr, min_lr=lr / 3
     )
     expected = one_device(MODEL, base, 20)
-    for ranks, micro_batch in [(1, 3), (2, 6), (3, 4), (4, 1)]:
+    for ranks, micro_batch in [(1, 6), (3, 4)]:
         cfg = dataclasses.replace(base, micro_batch_size=micro_batch)
         found = run_ranks(on_ranks, ranks, MODEL, cfg, 20)
         assert_equal(found[0], expected, 1e-5, f"{ranks} ranks", weights=optimizer == "sgd")
@@ -293,17 +295,6 @@ def test_state_is_16_or_18_bytes_per_parameter(base):
                 return sum(s.nbytes() for s in storages.values()) / elements
 
             assert run_ranks(count, 1)[0] == expected
-
-
-def test_unknown_actions_are_refused(base):
-    from picotron_lab.schedules.actions import Action
-
-    def run_actions(world):
-        trainer = Trainer(MODEL, MeshConfig(), base, world)
-        trainer.stage.run([Action("F"), Action("B"), Action("W")], trainer._deal(0), 1)
-
-    with pytest.raises(ValueError, match="cannot execute B0.0: it knows F, BW and R"):
-        run_ranks(run_actions, 1)
 
 
 def test_nan_in_a_later_micro_batch_is_found(base):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from picotron_lab import trainer, verify
+from picotron_lab import pipeline_parallel, verify
 from picotron_lab.cases import DENSE, Case, sample
 from picotron_lab.config import MeshConfig
 from picotron_lab.verify import deviation, relative
@@ -64,7 +64,13 @@ def test_the_sample_is_always_the_same_and_covers_everything():
     assert {case.changes["recompute"] for case in cases} == {"none", "selective", "full"}
 
 
-@pytest.mark.parametrize("case", sample(12), ids=lambda case: case.technique)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.technique, marks=[pytest.mark.slow] * (case.mesh.size > 4))
+        for case in sample(12)
+    ],
+)
 def test_a_random_product_equals_one_device(case):
     """The first rows of `run.py verify --all`; the others run there."""
     assert verify.verify([case])[0].good
@@ -76,13 +82,13 @@ def test_ranks_count_different_numbers_of_labels():
 
 
 def test_a_mean_of_means_is_bad(monkeypatch):
-    original = trainer.OneStage.run
+    original = pipeline_parallel.Executor.run
 
-    def run(self, actions, batches, tokens):
+    def run(self, batches, tokens):
         own = sum(int((labels != -100).sum()) for _, labels, _ in batches)
-        return original(self, actions, batches, own * self.synchroniser.axis.size)
+        return original(self, batches, own * self.synchronisers[0].axis.size)
 
-    monkeypatch.setattr(trainer.OneStage, "run", run)
+    monkeypatch.setattr(pipeline_parallel.Executor, "run", run)
     changes = {"micro_batch_size": 1, "dp_step": "naive"}
     case = Case("dp, naive", MeshConfig(dp=3), DENSE, changes)
     assert not verify.verify([case])[0].good

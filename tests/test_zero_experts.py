@@ -25,14 +25,13 @@ WAYS = [(0, step) for step in ("naive", "overlapped", "bucketed", "silent")] + S
 QUICK = {
     "two by two": [*STAGES, (0, "silent")],
     "three by two, tied": [(3, "fused")],
-    "alone with its experts": [(0, "naive"), (1, "fused"), (2, "fused"), (3, "fused")],
-    "two ranks without experts": [(3, "plain")],
+    "alone with its experts": [(0, "naive"), (1, "fused"), (3, "fused")],
 }
 SLOW = {
     "two by two": [(0, "naive")],
     "three by two, tied": [(0, "overlapped"), (1, "plain"), (2, "fused"), (3, "plain")],
-    "alone with its experts": [(3, "plain")],
-    "two ranks without experts": [(0, "bucketed"), (1, "fused"), (2, "plain"), (3, "fused")],
+    "alone with its experts": [(2, "fused")],
+    "two ranks without experts": [(0, "bucketed")],  # more of it: test_any_order_of_the_ranks
 }
 impls = pytest.mark.parametrize("impl", ["plain", "fused"])
 
@@ -61,8 +60,8 @@ def assert_one_device(seen, expected):
 @pytest.mark.parametrize(
     ("name", "stage", "way"),
     [
-        slow_unless(way in QUICK[name], name, *way)
-        for name in MESHES for way in WAYS if way in QUICK[name] + SLOW[name]
+        slow_unless(way in QUICK.get(name, ()), name, *way)
+        for name in MESHES for way in WAYS if way in (*QUICK.get(name, ()), *SLOW[name])
     ],
 )  # fmt: skip
 def test_two_steps_of_sgd(name, stage, way):
@@ -77,10 +76,12 @@ def test_two_steps_of_sgd(name, stage, way):
 @pytest.mark.parametrize(
     ("name", "impl", "again"),
     [
-        slow_unless(name == "two by two" and impl == again, name, impl, again)
-        for name in list(MESHES)[:2] for impl in ("plain", "fused") for again in ("plain", "fused")
+        ("two by two", "plain", "plain"),
+        ("two by two", "fused", "fused"),
+        slow_unless(False, "three by two, tied", "plain", "fused"),
+        slow_unless(False, "three by two, tied", "fused", "plain"),
     ],
-)  # fmt: skip
+)
 def test_recomputation_around_both_units(name, impl, again):
     """Nothing more is gathered, and nothing more reduced."""
     ranks, ep, case = MESHES[name]
@@ -181,12 +182,11 @@ def test_backward_through_experts_of_before(impl):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1))
 @pytest.mark.parametrize(("stage", "impl"), STAGES)
-def test_any_order_of_the_ranks(stage, impl, seed):
+def test_any_order_of_the_ranks(stage, impl):
     ranks, ep, case = MESHES["two ranks without experts"]
     again = "none" if stage < 3 else impl
-    seen = run_ranks(mixed.train, ranks, ep, case, stage, impl, again, seed=seed)
+    seen = run_ranks(mixed.train, ranks, ep, case, stage, impl, again, seed=0)
     assert_one_device(seen, reference("two ranks without experts"))
 
 

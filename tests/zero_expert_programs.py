@@ -91,12 +91,11 @@ def train(world, ep, case, stage, way, again="none"):
     impl = "fused" if way in ("fused", "bucketed", "silent") else "plain"
     model = build(case, axes, stage, impl, again)
     sync = make_synchroniser(model, axes, stage, way)
-    optimizer = torch.optim.SGD(sync.shards, lr=0.5)
     for step in range(case.steps):
         world.ledger.clear()
         programs.gradients(axes.replica, case, model, sync, step)
         norm = squared_norm(sync.shards, world, axes.axes).sqrt().item()
-        optimizer.step()
+        programs.descend(sync.shards, 0.5)
         sync.publish()
     grads = [(s.record, s.grad.clone()) for s in sync.shards]
     weights = [(p.record, p.detach().clone()) for p in model.parameters()]

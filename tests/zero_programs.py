@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from tensor_programs import descend
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -134,13 +135,12 @@ def train(axis, case, stage, impl, reduce_dtype=None):
     precision.accumulate_in(parameters, torch.promote_types(case.dtype, torch.float32))
     sync = zero.make(stage, parameters, axis, impl, case.bucket, reduce_dtype)
     masters = precision.MasterWeights(sync.shards)
-    optimizer = torch.optim.SGD(masters.weights, lr=0.5)
     for step in range(case.steps):
         axis.ledger.clear()
         gradients(axis, case, model, sync, step)
         optim.clip(sync.shards, case.clip, axis, {axis.name: axis})
         masters.take_gradients()
-        optimizer.step()
+        descend(masters.weights, 0.5)
         masters.publish()
         sync.publish()
     grads = [(s.record, s.grad.clone()) for s in sync.shards]

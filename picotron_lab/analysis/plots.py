@@ -22,7 +22,7 @@ COLOURS = {
     "F": "#a9cbee", "B": "#f6c177", "W": "#a8d8a0", "BW": "#f3ab83",
     "S": "#dcb3dc", "T": "#c08fc0", "IF": "#cfd6da", "IB": "#aab4ba",
 }  # fmt: skip
-CELL, WIDEST, NARROWEST, ROW = 0.24, 30.0, 8.0, 0.34  # inches
+CELL, WIDEST, NARROWEST, ROW, LABEL = 0.24, 30.0, 8.0, 0.34, 1.9  # inches
 POINTS = 72  # per inch
 SMALLEST, MOST = 5.0, 2500  # points of a number that can be read; numbers that take a few seconds
 
@@ -40,16 +40,19 @@ def draw(timeline: Timeline) -> "Figure":
     usual = sorted(right - left for left, right, *_ in cells)[len(cells) // 4]
     width = min(WIDEST, max(NARROWEST, CELL * makespan / (usual or makespan)))
     rows = ROW * schedule.ranks
-    figure = Figure(figsize=(width + 1.2, rows + 3.4), layout="constrained")
+    figure = Figure(figsize=(width + 1.2, rows + 3.6), layout="constrained")
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=(rows, 1.8))
     _fill(top, schedule, cells, width * POINTS / makespan)
+    _explain(top, schedule, width)
     _hold(below, timeline)
     found = metrics(timeline)
     top.set_title(
         f"{schedule.name}: {schedule.ranks} ranks, {schedule.microbatches} micro-batches, "
-        f"makespan {makespan:g}, bubble {found.bubble_makespan:g} = {found.bubble_ratio:.1%} of it",
-        loc="left",
-    )
+        f"makespan {makespan:g}\n"
+        f"bubble {found.bubble_makespan:g} = {found.bubble_ratio:.1%} of the makespan; per stage "
+        f"{found.bubble_stage:g} = {found.bubble_ratio_stage:.1%}",
+        loc="left", fontsize=10,
+    )  # fmt: skip
     below.set_xlim(0, makespan)
     below.set_xlabel("time, in units of the costs")
     return figure
@@ -76,7 +79,6 @@ def _cells(timeline: Timeline) -> dict[Box, tuple[Action, int]]:
 def _fill(axes: "Axes", schedule: Schedule, cells: dict, points: float) -> None:
     """Rows with coloured cells; points: of a unit of time in the picture."""
     from matplotlib.collections import PolyCollection
-    from matplotlib.patches import Patch
 
     boxes = defaultdict(list)
     for (left, right, low, high), (action, rank) in cells.items():
@@ -96,10 +98,22 @@ def _fill(axes: "Axes", schedule: Schedule, cells: dict, points: float) -> None:
     axes.set_yticks(range(schedule.ranks), [f"rank {rank}" for rank in range(schedule.ranks)])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    kinds = {action.kind for action, _ in cells.values()}
-    shown = [Patch(color=COLOURS[kind], label=MEANINGS[kind]) for kind in COLOURS if kind in kinds]
-    axes.legend(handles=shown, loc="upper left", bbox_to_anchor=(0, 0), ncols=8, frameon=False)
     axes.set_facecolor("#f4f4f4")
+
+
+def _explain(axes: "Axes", schedule: Schedule, width: float) -> None:
+    """What the colours mean, in as many columns as fit the width (inches)."""
+    from matplotlib.patches import Patch
+
+    kinds = {action.kind for items in schedule.lists for item in items for action in parts(item)}
+    shown = [Patch(color=COLOURS[kind], label=MEANINGS[kind]) for kind in COLOURS if kind in kinds]
+    if len(schedule.placement[0]) > 1:
+        darker = "second direction" if schedule.replicated else "later stages of a rank"
+        shown.append(Patch(color="#888888", label=f"darker: {darker}"))
+    axes.legend(
+        handles=shown, loc="upper left", bbox_to_anchor=(0, 0), frameon=False, fontsize=8,
+        ncols=min(len(shown), int(width / LABEL)), columnspacing=1.2,
+    )  # fmt: skip
 
 
 def _colour(schedule: Schedule, action: Action, rank: int) -> tuple[float, ...]:
@@ -119,12 +133,13 @@ def _hold(axes: "Axes", timeline: Timeline) -> None:
     ranks = timeline.schedule.ranks
     for rank in range(ranks):
         times, held = zip(*activations(timeline, rank), strict=True)
-        colour = colormaps["viridis"](0.95 * rank / max(1, ranks - 1))
+        colour = colormaps["viridis"](0.85 * rank / max(1, ranks - 1))
         label = f"rank {rank}, peak {max(held):g}"
-        thick = 2.6 - 1.8 * rank / max(1, ranks - 1)  # so that equal curves can be told apart
+        thick = 3.0 - 1.9 * rank / max(1, ranks - 1)  # so that equal curves can be told apart
         axes.step(times, held, where="post", color=colour, linewidth=thick, label=label)
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("activations held")
+    axes.yaxis.get_major_locator().set_params(integer=timeline.schedule.slices == 1)
+    axes.set_ylabel("activations\n(held until W)")
     axes.spines[["top", "right"]].set_visible(False)
     if ranks <= 16:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=7)

@@ -5,8 +5,11 @@ Tried   1. each of them as it is, if it fits the limit, and zb-auto: so auto is 
         2. each with its W's put anew, for these times, where a rank would wait
         3. the best of these with more or fewer forwards before the first backward of some ranks,
            as long as that helps (found on a shorter step, if there are many micro-batches)
-Limits  each stage on one rank (no second copy of the weights, as DualPipe has), activations
-        held until W, and no change of the order in which micro-batches pass a stage
+Limits  each stage on one rank (no second copy of the weights, as DualPipe has: it is not tried),
+        whole sequences, activations held until W, and no change of the order in which
+        micro-batches pass a stage
+Time    uneven stages take longest: a second for p = 8, m = 32, v = 2, four for p = 32, m = 256, but
+        a minute for p = 64, m = 1024
 """
 
 from collections import deque

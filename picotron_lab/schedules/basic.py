@@ -11,15 +11,6 @@ from collections.abc import Callable
 from picotron_lab.schedules.actions import Action, Schedule, ScheduleError
 
 
-def accumulation(microbatches: int) -> list[list[Action]]:
-    """One rank, one stage: F0.0 BW0.0 F0.1 BW0.1 ... R0. It is 1F1B with p = 1.
-
-    Peak    activations of one micro-batch, however many there are
-    """
-    actions = one_f_one_b(1, microbatches).lists[0]
-    return [[*actions, Action("R", 0)]]
-
-
 def alternate(forwards: list[Action], backwards: list[Action], first: int) -> tuple[Action, ...]:
     """So many forwards first, then one forward and one backward in turn, while there are any."""
     actions = forwards[:first]

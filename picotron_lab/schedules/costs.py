@@ -3,10 +3,11 @@
 import re
 from dataclasses import dataclass, fields
 
-from picotron_lab.schedules.actions import DATA, VOCABULARY, Item, Pair, ScheduleError
+from picotron_lab.schedules.actions import DATA, VOCABULARY, Action, Item, Pair, ScheduleError
 
 NUMBER = r"\d+\.?\d*(e-?\d+)?|\.\d+"
 UNITS = ("F", "B", "W", "S", "T", "IF", "IB", "transfer", "barrier", "pair")
+Factor = float | tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Costs:
     transfer  from the end of an action until another rank may start with its result
     barrier   from the end of the last rank's vocabulary pass until its sum is known everywhere
     pair      of an overlapped F&BW or F&B;  0: no gain, the sum of its members
-    factors   per stage, by which F, B, W and pair are multiplied (uneven stages); empty: all 1
+    factors   per stage, by which its F, B and W are multiplied (uneven stages): a number, or three,
+              one for each; a pair becomes longer as its members do. Empty: all 1
     """
 
     F: float = 1.0
@@ -31,7 +33,7 @@ class Costs:
     transfer: float = 0.0
     barrier: float = 0.0
     pair: float = 0.0
-    factors: tuple[float, ...] = ()
+    factors: tuple[Factor, ...] = ()
 
     def __post_init__(self) -> None:
         for name, value in [*((n, getattr(self, n)) for n in UNITS), *self._factors()]:
@@ -39,21 +41,27 @@ class Costs:
                 raise ScheduleError(f"cost {name}={value} is no time: give 0 or more, as {name}=1.")
 
     def _factors(self) -> list[tuple[str, float]]:
-        return [(f"factors[{i}]", value) for i, value in enumerate(self.factors)]
+        """Every factor with its name."""
+        numbers = [f if isinstance(f, tuple) else (f,) for f in self.factors]
+        return [(f"factors[{s}]", number) for s, of in enumerate(numbers) for number in of]
 
     def of(self, item: Item) -> float:
         """How long an item takes. G and R take nothing here: the executor overlaps them."""
-        if isinstance(item, Pair):
-            both = (item.first, item.second)
-            together = sum(map(self.of, both))
-            factors = [self.factors[a.stage] if self.factors else 1.0 for a in both]
-            return self.pair * sum(factors) / 2 if self.pair else together
-        kind = item.kind
+        if not isinstance(item, Pair):
+            return self._time(item, self.factors[item.stage] if self.factors else 1.0)
+        both = (item.first, item.second)
+        together, even = sum(map(self.of, both)), sum(self._time(action, 1.0) for action in both)
+        return self.pair * together / even if self.pair and even else self.pair or together
+
+    def _time(self, action: Action, factor: Factor) -> float:
+        kind = action.kind
         if kind in DATA:
             return 0.0
-        time = self.B + self.W if kind == "BW" else getattr(self, kind)
-        uneven = self.factors and kind not in VOCABULARY
-        return time * self.factors[item.stage] if uneven else time
+        if kind in VOCABULARY:
+            return getattr(self, kind)
+        f, b, w = factor if isinstance(factor, tuple) else (factor, factor, factor)
+        times = {"F": self.F * f, "B": self.B * b, "W": self.W * w}
+        return times["B"] + times["W"] if kind == "BW" else times[kind]
 
 
 def parse_costs(text: str) -> Costs:

@@ -61,8 +61,9 @@ def dual_pipe(p: int, m: int) -> Schedule:
 
     Rank r  stage r for micro-batches 0..m/2-1, stage p-1-r for the others. steps() with H = p/2,
             h = min(r, p-1-r), n = m/2
-    Bubble  (p/2-1)(tF&BW + tBW - 3tW); without gain from pairs that is (p/2-1)(3tF - tW) if
-            tF = tB, and tW is no longer
+    Bubble  (p/2-1)(tF&BW + tBW - 3tW) if tF = tB, and tW is no longer; (p/2-1)(3tF - tW) without
+            gain from pairs. With gain it is the makespan minus the work of the ranks in the middle,
+            which run most pairs
     Peak    (p+1) M on every rank, and every parameter twice
     Needs   p even, m even, m >= 2p
     Source  DeepSeek-V3, arXiv 2412.19437, section 3.2.1 and the authors' repository
@@ -91,7 +92,7 @@ def dual_pipe_v(p: int, m: int) -> Schedule:
     """DualPipe cut in half: the second direction is the way back through the same ranks.
 
     Rank r  stages r and 2p-1-r. steps() with H = p, h = r, n = m
-    Bubble  (p-1)(tF&BW + tBW - 3tW), times of one stage, which is half a rank's layers; see above
+    Bubble  (p-1)(tF&BW + tBW - 3tW), times of one stage, half a rank's layers; see dual_pipe
     Peak    min(2p+1, 2m) stages = (p+1/2) M on every rank; every parameter once
     Needs   m >= 2p
     Source  the authors' repository, after "Cut-in-half" by Sea AI Lab

@@ -90,6 +90,11 @@ def _check(name: str, entry: Entry, options: Options) -> None:
             f"vocabulary {options.vocabulary} does not fit {name}: choose auto, or a schedule made "
             f"for it, such as 1f1b-vocab2."
         )
+    if not options.memory_limit >= 0:
+        raise ScheduleError(
+            f"memory_limit {options.memory_limit:g} is no number of activations: give 0 for no "
+            f"limit, or one for {name} to keep, such as 4."
+        )
     if n > 1 and "slices" not in entry.takes:
         raise ScheduleError(
             f"token slices {n} do not fit {name}, which does not cut sequences: choose seq1f1b."

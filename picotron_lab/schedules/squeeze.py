@@ -12,7 +12,8 @@ Source   Pipeline Parallelism with Controllable Memory, arXiv 2405.15362, sectio
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from picotron_lab.schedules.actions import Action, Schedule
 from picotron_lab.schedules.basic import folded
@@ -20,6 +21,7 @@ from picotron_lab.schedules.basic import folded
 PERIOD = 6
 FA, FZ, BZ, BA, WZ, WA = range(6)
 Pass = tuple[int, int]  # which of the six, micro-batch
+Finish = Callable[[Schedule], Schedule]
 NEVER = 10**9
 
 
@@ -184,25 +186,40 @@ def _step(
         rank.free = t + 1
 
 
-def stretch(passes: list[Pass], block: Block, extra: int) -> list[Pass]:
-    """A rank's list with so many micro-batches more: its middle repeats itself, once for each.
+def settled(p: int) -> int:
+    """Micro-batches after which a list repeats itself (for large p fewer, 1.5p, are enough)."""
+    return 2 * max(3, p)
 
-    Needs  a list that has become periodic after 2p micro-batches (1.5p are enough up to p = 64)
+
+def stretch(schedule: Schedule, m: int) -> Schedule:
+    """The same step with more micro-batches, m: the middle of each list repeats itself.
+
+    Needs  lists that have become periodic after the micro-batches that `settled` gives
     """
-    length = 6 if block.backward == 1 else 4  # passes of a micro-batch
-    cut = length * 2 * len(block.starts)
-    middle = [(kind, i + n) for n in range(extra) for kind, i in passes[cut : cut + length]]
-    return passes[:cut] + middle + [(kind, i + extra) for kind, i in passes[cut:]]
+    few, lists = schedule.microbatches, []
+    extra = m - few
+    for actions in schedule.lists:
+        length = len(actions) // few  # actions of one micro-batch
+        cut = length * settled(schedule.ranks)
+        middle, rest = actions[cut : cut + length], actions[cut:]
+        more = (Action(kind, s, i + n) for n in range(extra) for kind, s, i, _ in middle)
+        later = (Action(kind, s, i + extra) for kind, s, i, _ in rest)
+        lists.append((*actions[:cut], *more, *later))
+    return replace(schedule, lists=tuple(lists), microbatches=m)
 
 
-def finite(name: str, block: Block, m: int) -> Schedule:
-    """The schedule of m micro-batches from a block: stages r and 2p-1-r on rank r."""
+def finite(name: str, block: Block, m: int, finish: Finish | None = None) -> Schedule:
+    """The schedule of m micro-batches from a block: stages r and 2p-1-r on rank r.
+
+    finish  what is done to the short schedule, before it is stretched
+    """
     p = len(block.starts)
-    few = min(m, 3 * p + 2)
-    lists = run(block, *squeeze(block, few))
-    if m > few:
-        lists = [stretch(passes, block, m - few) for passes in lists]
-    return Schedule(name, tuple(_actions(block, r, lists[r]) for r in range(p)), folded(p), m)
+    few = min(m, settled(p) + max(3, p) + 2)
+    passes = run(block, *squeeze(block, few))
+    lists = tuple(_actions(block, r, passes[r]) for r in range(p))
+    short = Schedule(name, lists, folded(p), few)
+    short = finish(short) if finish else short
+    return stretch(short, m) if m > few else short
 
 
 def _actions(block: Block, rank: int, passes: list[Pass]) -> tuple[Action, ...]:

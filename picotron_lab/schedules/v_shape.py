@@ -94,7 +94,7 @@ def v_1f1b(p: int, m: int) -> Schedule:
     Block   forwards move on every unit; backwards, of 2 units, follow in threes, then 3 units wait
     Bubble  for tF = 1, tBW = 2 a chunk and m >= 2p: at most 5(p-1) units of a chunk, for p = 2 to 8
             4, 8, 15, 18, 22, 30, 33; 1F1B has 6(p-1)
-    Peak    2 floor((2p+2)/3) chunks, 2 more if p is a multiple of 3: about 2p/3 M on most ranks
+    Peak    2 floor((2p+2)/3) chunks, 2 more if p is a multiple of 3: about 2p/3 M on every rank
     Needs   nothing to run
     Source  the authors' code of arXiv 2405.15362
     """

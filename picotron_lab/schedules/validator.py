@@ -32,6 +32,7 @@ STEPS = {
     "W": (BACKWARD, COMPLETE),
     "BW": (FORWARD, COMPLETE),
 }
+Passes = dict[tuple[str, int], None]  # (kind, micro-batch), in the order of the list
 RULE = "every stage needs F, then BW or B and W, once for every micro-batch"
 
 
@@ -43,10 +44,7 @@ def validate(schedule: Schedule, memory_limit: float | None = None) -> None:
     Raises        ScheduleError with the first wrong action, the rule and what to do
     """
     _check_placement(schedule)
-    for rank in range(schedule.ranks):
-        _check_list(schedule, rank)
-    if schedule.vocabulary:
-        _check_same_order(schedule)
+    _check_same_order(schedule, [_check_list(schedule, rank) for rank in range(schedule.ranks)])
     if memory_limit:
         for rank in range(schedule.ranks):
             _check_memory(schedule, rank, memory_limit)
@@ -96,10 +94,10 @@ def _check_cover(name: str, stages: int, way: list[tuple[int, ...]]) -> None:
 # ---- each list
 
 
-def _check_list(schedule: Schedule, rank: int) -> None:
-    """Everything once, in an order that this rank alone could run."""
+def _check_list(schedule: Schedule, rank: int) -> Passes:
+    """Everything once, in an order that this rank alone could run; gives its vocabulary passes."""
     state = dict.fromkeys(_expected(schedule, rank), NEW)
-    seen: set[tuple[str, int]] = set()
+    seen: Passes = {}
     for item in schedule.lists[rank]:
         pair = isinstance(item, Pair)
         for action in (item.first, item.second) if pair else (item,):
@@ -117,6 +115,7 @@ def _check_list(schedule: Schedule, rank: int) -> None:
         for kind in VOCABULARY:
             if (kind, i) not in seen:
                 _refuse(schedule, rank, Action(kind, 0, i), "is missing: every rank has a part")
+    return seen
 
 
 def _check_step(
@@ -195,9 +194,7 @@ def _check_slices(
         _refuse(schedule, rank, action, f"needs {after} first: backwards go from slice {last} down")
 
 
-def _check_vocabulary(
-    schedule: Schedule, rank: int, action: Action, seen: set[tuple[str, int]]
-) -> None:
+def _check_vocabulary(schedule: Schedule, rank: int, action: Action, seen: Passes) -> None:
     """S, T, IF and IB: only with a split vocabulary, each once per micro-batch, S before T."""
     kind, i = action.kind, action.microbatch
     if kind in DATA:
@@ -211,23 +208,21 @@ def _check_vocabulary(
     elif kind == "T" and ("S", i) not in seen:
         why = f"comes before S.{i}, which it needs: move it behind"
     else:
-        seen.add((kind, i))
+        seen[kind, i] = None
         return
     _refuse(schedule, rank, action, why)
 
 
-def _check_same_order(schedule: Schedule) -> None:
+def _check_same_order(schedule: Schedule, passes: list[Passes]) -> None:
     """All ranks meet in every vocabulary pass, so they have to come to them in one order."""
-    orders = [
-        [action for item in items for action in parts(item) if action.kind in VOCABULARY]
-        for items in schedule.lists
-    ]
+    orders = list(map(list, passes))
     for rank, order in enumerate(orders):
         if order != orders[0]:
             pairs = zip(order, orders[0], strict=True)
             mine, other = next((mine, other) for mine, other in pairs if mine != other)
-            why = f"comes where rank 0 has {other}: all ranks need one order of these passes"
-            _refuse(schedule, rank, mine, why)
+            first = Action(other[0], 0, other[1])
+            why = f"comes where rank 0 has {first}: all ranks need one order of these passes"
+            _refuse(schedule, rank, Action(mine[0], 0, mine[1]), why)
 
 
 def _check_memory(schedule: Schedule, rank: int, limit: float) -> None:

@@ -14,6 +14,7 @@ Source   Vocabulary Parallelism, arXiv 2411.05288, sections 5 and 6
 
 from bisect import bisect_left
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from picotron_lab.schedules.actions import VOCABULARY, Action, Schedule, ScheduleError
 from picotron_lab.schedules.basic import straight
@@ -219,7 +220,7 @@ def v_half_vocab_2(p: int, m: int) -> Schedule:
 def _v_half(name: str, algorithm: int, p: int, m: int) -> Schedule:
     late = PERIOD * (3 - algorithm)
     starts = tuple((fa, fz, bz + late, ba + late) for fa, fz, bz, ba in v_half_block(p).starts)
-    return weave(finite(name, Block(starts, wait=late), m), algorithm)
+    return finite(name, Block(starts, wait=late), m, partial(weave, algorithm=algorithm))
 
 
 def weave(base: Schedule, algorithm: int) -> Schedule:

@@ -20,6 +20,11 @@ class Mutant:
     breaks: Callable[[pytest.MonkeyPatch], None]
     killed_by: str
 
+    def is_killed_by(self, item: pytest.Item) -> bool:
+        """Whether it names this test, or its function with any parameters."""
+        node = f"{item.path.name}::{item.name}"
+        return self.killed_by in (node, node.partition("[")[0])
+
 
 def killed_by(test: str) -> Callable[[Callable], Mutant]:
     """Turn a breaking function into a Mutant; its docstring says what is wrong."""

@@ -3,7 +3,7 @@
 import torch
 
 from mutants import killed_by
-from picotron_lab import data_parallel, optim, sharding, trainer
+from picotron_lab import data_parallel, optim, pipeline_parallel, sharding, trainer
 
 EVERY_STEP = "test_trainer.py::test_every_step_of_the_lesson_equals_one_device"
 SUMS = "test_data_parallel.py::test_sum_over_ranks_and_microbatches"
@@ -92,25 +92,24 @@ def loss_not_divided_by_microbatches(patch):
     """Each micro-batch is normalised by itself, so gradients are m times too large (Picotron,
     PP)."""
 
-    def backward(self, microbatch, tokens, last):
-        loss = self.losses.pop(microbatch)
-        self.loss_sum += loss.detach()
-        self.synchroniser.before_backward(last)
-        (loss / (tokens / 6)).backward()  # 6 micro-batches in all: 2 on each of 3 ranks
+    original = pipeline_parallel.Executor.run
 
-    patch.setattr(trainer.OneStage, "_backward", backward)
+    def run(self, batches, tokens):  # 6 micro-batches in all: 2 on each of 3 ranks
+        return original(self, batches, tokens / 6)
+
+    patch.setattr(pipeline_parallel.Executor, "run", run)
 
 
 @killed_by("test_trainer.py::test_ranks_without_counted_labels")
 def mean_of_means(patch):
     """Every rank divides by its own token count, then gradients are averaged."""
-    original = trainer.OneStage.run
+    original = pipeline_parallel.Executor.run
 
-    def run(self, actions, batches, tokens):
+    def run(self, batches, tokens):
         own = sum(int((labels != -100).sum()) for _, labels, _ in batches)
-        return original(self, actions, batches, max(own, 1) * self.synchroniser.axis.size)
+        return original(self, batches, max(own, 1) * self.synchronisers[0].axis.size)
 
-    patch.setattr(trainer.OneStage, "run", run)
+    patch.setattr(pipeline_parallel.Executor, "run", run)
 
 
 @killed_by(f"{EVERY_STEP}[silent-fused]")

@@ -206,7 +206,7 @@ def the_norm_of_one_shard(patch):
 # ---- recomputation
 
 
-@killed_by("test_activations.py::test_saved_bytes_equal_the_formula[grouped-0.3-dtype0-full-plain]")
+@killed_by("test_activations.py::test_saved_bytes_equal_the_formula[grouped-dtype0-0.3-full-plain]")
 def nothing_is_recomputed(patch):
     """All activations are kept, and the gradients are right."""
     patch.setattr(recompute, "run_twice", lambda module, inputs: module(*inputs))

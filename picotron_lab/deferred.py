@@ -1,0 +1,150 @@
+"""Deferred weight gradients: backward for inputs now, backward for weights later.
+
+Paper   Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 2, appendix (2401.10241)
+Idea    Backward of y = x W^T has two products: dx = dy W, for which the stage before waits, and
+        dW = dy^T x, for which only the optimizer does: pipelines fill their bubbles with it. While
+        `later.jobs` of a stage is a list, its matmuls add a Job to it instead of computing dW:
+            B   later.jobs = []
+                grads = torch.autograd.grad(y, [x, *parameters], dy, allow_unused=True)
+                jobs, later.jobs = later.jobs, None
+            W   of each parameter: its gradient in grads, if any, plus gradient(job) of its jobs
+Holds   a job: x (with sequence parallelism, the gathered one) and dy; nothing else of the graph
+Not     deferred: routers, ChunkedHead and VocabHead, GroupedExperts, what ZeRO-3 lends
+Dims    as in model.py; N = B*T tokens
+Read    prepare -> linear -> weight_gradient -> gradient    Tests   tests/test_deferred.py
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from picotron_lab import model
+from picotron_lab.precision import is_narrow
+from picotron_lab.sharding import zero_gradient
+
+
+class Job(NamedTuple):
+    """dW [F, D] of a weight, still to be computed, from x [..., D] and the gradient [..., F]."""
+
+    weight: nn.Parameter
+    x: Tensor
+    grad: Tensor
+
+
+class Later:
+    """Where the matmuls of one stage leave jobs, in the order of backward; None: nothing waits."""
+
+    jobs: list[Job] | None = None
+
+
+def prepare(stage: nn.Module) -> Later:
+    """Let the matmuls below `stage` ask whether dW can wait; after materialise. Linear layers
+    without bias, and plain heads, give way to modules that hold the same parameters."""
+    later = Later()
+    for parent in list(stage.modules()):
+        for name, part in list(parent.named_children()):
+            if type(part) is nn.Linear and part.bias is None:
+                setattr(parent, name, Linear(part.weight))
+            if type(part) is model.Head:
+                setattr(parent, name, Head(part.weight))
+    for parameter in stage.parameters():
+        parameter.later = later
+    return later
+
+
+class Linear(nn.Module):
+    """x [..., D] -> x W^T [..., F]."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+class Head(Linear):
+    """As model.Head: logits, or the sum over counted tokens of -log p(label)."""
+
+    def forward(self, x_BTD: Tensor, labels_BT: Tensor | None = None) -> Tensor:
+        logits_BTV = super().forward(x_BTD)
+        if labels_BT is None:
+            return logits_BTV
+        logits_NV, labels_N = model.wide(logits_BTV).flatten(0, 1), labels_BT.flatten()
+        return F.cross_entropy(logits_NV, labels_N, ignore_index=model.IGNORED, reduction="sum")
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear; if the weight is prepared and not frozen, backward may leave dW as a job."""
+    may_wait = hasattr(weight, "later") and weight.requires_grad
+    return Matmul.apply(x, weight) if may_wait else F.linear(x, weight)
+
+
+class Matmul(torch.autograd.Function):
+    """x W^T; backward: dx at once, dW now or later."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: nn.Parameter) -> Tensor:
+        ctx.owner = owner(weight)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dx = grad @ weight if ctx.needs_input_grad[0] else None
+        return dx, weight_gradient(ctx.owner, grad, x)
+
+
+def owner(weight: Tensor) -> nn.Parameter | None:
+    """The parameter itself if it is prepared, for ctx: recomputation gives back a copy of what was
+    saved. None else: what ZeRO-3 lends must not be kept."""
+    return weight if hasattr(weight, "later") else None
+
+
+def weight_gradient(weight: nn.Parameter | None, grad: Tensor, x: Tensor) -> Tensor | None:
+    """dW [F, D] of y = x W^T from grad [..., F] and x [..., D]; or None and a job, if the weight,
+    which is given by its owner(), is not frozen."""
+    jobs = None if weight is None else weight.later.jobs
+    if jobs is None:
+        return product(grad, x)
+    if weight.requires_grad:
+        jobs.append(Job(weight, x.detach(), grad))  # x itself would keep the graph below it
+    return None
+
+
+def weight_gradients(
+    weights: Sequence[nn.Parameter | None], grad: Tensor, x: Tensor, rows: Sequence[int]
+) -> Sequence[Tensor | None]:
+    """weight_gradient of weights [rows[i], D] with one x, grads joined: one matmul, or jobs."""
+    if any(weight is not None and weight.later.jobs is not None for weight in weights):
+        parts = zip(weights, grad.split(rows, -1), strict=True)
+        return [weight_gradient(weight, part, x) for weight, part in parts]
+    return product(grad, x).split(rows)
+
+
+def product(grad: Tensor, x: Tensor) -> Tensor:
+    """The sum over all tokens of dy times x: [..., F], [..., D] -> [F, D]."""
+    return grad.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+def gradient(job: Job) -> Tensor:
+    """dW [F, D] of a job."""
+    return product(job.grad, job.x)
+
+
+@torch.no_grad()
+def accumulate(job: Job) -> None:
+    """Add dW to weight.grad, which may be wider, in one operation if torch has it. No hooks run."""
+    if job.weight.grad is None:
+        job.weight.grad = zero_gradient(job.weight)
+    total, grad_FN, x_ND = job.weight.grad, job.grad.flatten(0, -2).T, job.x.flatten(0, -2)
+    if total.dtype == x_ND.dtype:
+        total.addmm_(grad_FN, x_ND)
+    elif total.is_cuda and total.dtype == torch.float32 and is_narrow(x_ND.dtype):
+        torch.addmm(total, grad_FN, x_ND, out_dtype=torch.float32, out=total)
+    else:
+        total += grad_FN @ x_ND
