@@ -184,6 +184,11 @@ def add_pipeline_options(mesh: argparse._ArgumentGroup) -> None:
         help="stages per pipeline rank, for interleaved and interleaved-zb (default: 2)",
     )
     mesh.add_argument(
+        "--token-slices", metavar="STR",
+        help="cut sequences, which then flow through the stages slice by slice: how many slices, "
+        "their lengths, such as 72,56, or auto, by times measured at the start (default: 1)",
+    )
+    mesh.add_argument(
         "--pp-layers", metavar="STR",
         help="layers of each stage: even, balanced (embedding and head counted), or their numbers, "
         "such as 4,4,4,2 (default: even)",

@@ -12,8 +12,8 @@ Idea    A softmax over many keys can be computed block by block. A block gives, 
         and dQ is summed over the blocks of keys, dK and dV over the blocks of queries.
 Blind   A query may see no key of a block (another document's). Its out is 0, its lse -inf = log 0,
         and the formulas hold, if -inf - -inf is kept from being computed.
-Here    nothing is sent and nothing recorded for autograd: context_parallel.py calls these inside
-        its autograd Functions, block by block.
+Here    nothing is sent and nothing recorded for autograd: context_parallel.py and token_pipeline.py
+        call these inside their autograd Functions, block by block.
 Dims    B micro-batch  T queries, a rank's tokens  S keys that they meet, a block's
         H/K query/kv heads  G = H/K  C head width; query head h uses kv head h // G
 Read    PlainBlocks -> FusedBlocks -> CpuFlash, CudaFlash -> Chunks -> Masked
@@ -63,7 +63,8 @@ def blind_rows(lse_BHT: Tensor, value: float) -> Tensor:
 class PlainBlocks:
     """Blocks of attention with all T*S scores; arithmetic and results in float32 at least.
 
-    causal     the block is a square on the diagonal: T == S, query t sees keys 0..t
+    causal     the last query sees all keys, each query before it one key less; flash attention and
+               Chunks want a square on the diagonal, T == S, where query t sees keys 0..t
     documents  what is not of the query's document is hidden
     lse        [B, H, T], -inf for a row that sees nothing; its out is 0
     """

@@ -32,10 +32,12 @@ from picotron_lab import (
     sequence_parallel,
     sharding,
     tensor_parallel,
+    token_pipeline,
+    token_times,
     vocab_parallel,
     zero,
 )  # fmt: skip
-from picotron_lab.checks import layers_of
+from picotron_lab.checks import layers_of, slices_of
 from picotron_lab.comm import Axis
 from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig
 from picotron_lab.fused import fuse
@@ -75,6 +77,8 @@ def build_model(
     data_parallel.parallelize(model, mesh.replica, experts, mesh.expert_replica)
     if mesh_cfg.zero == 3:
         zero.shard_model(model, mesh.replica, cfg.impl, mesh.expert_replica)
+    if mesh_cfg.token_slices != "1":
+        token_pipeline.parallelize(model, cfg.impl)
     recompute.apply(model, cfg.recompute, cfg.impl)
     if schedule.stages > 1:
         counts = layers_of(model_cfg, mesh_cfg, cfg)
@@ -111,6 +115,33 @@ def synchronisers(
     if shared:
         found[SHARED] = data_parallel.Naive(shared, mesh.replica)
     return found
+
+
+def token_slices(
+    model_cfg: ModelConfig,
+    mesh_cfg: MeshConfig,
+    cfg: TrainConfig,
+    mesh: Mesh,
+    device: torch.device,
+) -> tuple[int, ...]:
+    """Tokens of the slices into which every sequence is cut; one slice: not at all.
+
+    auto: rank 0 times slices on one layer; all take those that are best by its times.
+    """
+    lengths = slices_of(mesh_cfg, cfg)
+    if lengths is not None:
+        return lengths
+    T, multiple = cfg.sequence_length, mesh.tp.size if mesh_cfg.sequence_parallel else 1
+    where = token_times.places(T, multiple)
+    seconds = torch.zeros(len(where), dtype=torch.float64, device=device)
+    if mesh.world.rank == 0:
+        dtype = precision.DTYPES[cfg.dtype]
+        layer = token_times.of_layer(model_cfg, cfg.micro_batch_size, cfg.impl, dtype, device)
+        seconds[:] = torch.tensor([s for *_, s in token_times.measure(layer, T, device, multiple)])
+    seconds = mesh.world.broadcast(seconds, 0).tolist()
+    times = token_times.fit([(*place, s) for place, s in zip(where, seconds, strict=True)])
+    microbatches = cfg.micro_batches(mesh.dp.size)
+    return token_times.choose(times, T, mesh.pp.size, multiple, microbatches)
 
 
 def executor(

@@ -165,10 +165,15 @@ def _pipeline() -> list[Case]:
         for names, impls in ((straight, ("plain", "fused")), (double, ("fused", "plain")))
         for name, impl in zip(names, impls * 5, strict=False)
     ]
-    tied = dataclasses.replace(TIED, layers=4)
+    tied, sliced = dataclasses.replace(TIED, layers=4), [
+        Case(f"pp2, {name}, token slices {slices}, {impl}",
+             MeshConfig(pp=2, schedule=name, token_slices=slices), four, {**one, "impl": impl})
+        for name, slices, impl in (("1f1b", "7,5,4", "plain"), ("terapipe", "3", "fused"),
+                                   ("seq1f1b", "4", "plain"), ("zb-v", "9,7", "fused"))
+    ]
     clipped = {**one, "post_validation": True, "clip": 1.6}  # the first stage alone is below it
     return [
-        *schedules,
+        *schedules, *sliced,
         Case("pp4, 1f1b, fused", MeshConfig(pp=4), eight, {**one, **fused, "dropout": 0.3}),
         Case("pp4, zb-v, plain", MeshConfig(pp=4, schedule="zb-v"), eight, one),
         Case("pp4, 1f1b, balanced, fused", MeshConfig(pp=4, pp_layers="balanced"), eight,
@@ -209,7 +214,8 @@ PIPELINES = (
     (2, 1, 1, 2), (2, 1, 2, 1), (2, 2, 1, 2), (2, 2, 2, 1), (2, 1, 2, 2), (4, 2, 1, 1),
     (4, 1, 2, 1), (4, 1, 1, 2), (2, 4, 1, 1), (2, 1, 4, 1), (2, 1, 1, 4),
 )  # fmt: skip
-SCHEDULES = tuple(sorted(set(NAMES) - {"auto", "seq1f1b"}))  # auto is slow, seq1f1b is 1f1b here
+WHOLE = ("zb-auto", *(name for name in NAMES if "vocab" in name or "interlaced" in name))
+SCHEDULES = tuple(sorted(set(NAMES) - {"auto"}))  # auto is slow
 
 
 def sample(count: int, shapes: tuple = SHAPES, seed: int = 144) -> list[Case]:
@@ -246,7 +252,9 @@ def _draw(dice: random.Random, shape: tuple[int, int, int, int]) -> Case:
     if pp > 1:
         changes["micro_batch_size"] = 1
         fitting = [name for name in SCHEDULES if _fits(name, pp, 12 // dp, tp)]
-        mesh = dataclasses.replace(mesh, schedule=dice.choice(fitting))
+        name, slices = dice.choice(fitting), dice.choice(["1", "2", "3"])
+        whole = cp > 1 or model.balance_loss or model.capacity_factor or name in WHOLE
+        mesh = dataclasses.replace(mesh, schedule=name, token_slices="1" if whole else slices)
     what = [f"kv {model.kv_heads}", changes["impl"]]
     what += [f"{model.experts} experts"] * (model.experts > 0) + ["tied"] * model.tied
     what += ["dropout"] * (changes["dropout"] > 0)
@@ -288,6 +296,7 @@ def _kinds(model: ModelConfig, cp: int, tp: int) -> list[str]:
 def describe(mesh: MeshConfig, recompute: str) -> str:
     """A mesh in a few words: 'dp2 zero3 tp2 sp vocab-2 recompute-full'."""
     words = [f"pp{mesh.pp} {mesh.schedule}"] * (mesh.pp > 1)
+    words += [f"slices {mesh.token_slices}"] * (mesh.token_slices != "1")
     words += [f"dp{mesh.dp}"] * (mesh.dp > 1) + [f"cp{mesh.cp} {mesh.cp_kind}"] * (mesh.cp > 1)
     words += [f"ep{mesh.ep}"] * (mesh.ep > 1) + [f"zero{mesh.zero}"] * (mesh.zero > 0)
     words += [f"tp{mesh.tp}"] * (mesh.tp > 1) + ["sp"] * mesh.sequence_parallel

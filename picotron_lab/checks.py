@@ -139,10 +139,11 @@ def _shares(kv_heads: int, tp: int) -> bool:
 # ---- pipelines
 
 
-def schedule_of(mesh: MeshConfig, cfg: TrainConfig) -> Schedule:
-    """The schedule of one step; ConfigError where there is none for so many ranks and batches."""
+def schedule_of(mesh: MeshConfig, cfg: TrainConfig, slices: int = 1) -> Schedule:
+    """The schedule of one step; ConfigError where there is none for so many ranks and batches, or
+    for that many slices of each sequence."""
     microbatches = cfg.micro_batches(mesh.dp)
-    options = Options(virtual_stages=mesh.virtual_stages)
+    options = Options(virtual_stages=mesh.virtual_stages, slices=slices)
     try:
         return registry.build(mesh.schedule, mesh.pp, microbatches, options)
     except ScheduleError as error:
@@ -176,8 +177,37 @@ def layers_of(model: ModelConfig, mesh: MeshConfig, cfg: TrainConfig) -> tuple[i
     return counts
 
 
+def slices_of(mesh: MeshConfig, cfg: TrainConfig) -> tuple[int, ...] | None:
+    """The tokens of each slice of a sequence (--token-slices); None for auto: to be measured."""
+    if mesh.token_slices == "auto":
+        return None
+    multiple = mesh.tp if mesh.sequence_parallel else 1
+    return partition.token_slices(mesh.token_slices, cfg.sequence_length, multiple)
+
+
+def _check_token_slices(model: ModelConfig, mesh: MeshConfig, cfg: TrainConfig) -> None:
+    lengths = slices_of(mesh, cfg)
+    if lengths is not None and len(lengths) == 1:
+        return
+    given = f"--token-slices {mesh.token_slices}"
+    require(
+        mesh.cp == 1,
+        f"{given} cuts a sequence in time, and --cp {mesh.cp} over ranks; leave one of them out.",
+    )
+    for option, value in (
+        ("--balance-loss", model.balance_loss), ("--capacity-factor", model.capacity_factor)
+    ):  # fmt: skip
+        require(
+            value == 0,
+            f"{option} {value:g} counts the tokens of whole sequences, which {given} cuts; leave "
+            "one of them out (--balance-speed works with both).",
+        )
+    schedule_of(mesh, cfg, len(lengths or (1, 1)))
+
+
 def _check_pipeline(model: ModelConfig, mesh: MeshConfig, cfg: TrainConfig) -> None:
     schedule = schedule_of(mesh, cfg)
+    _check_token_slices(model, mesh, cfg)
     require(
         model.layers >= schedule.stages or mesh.pp_layers not in ("even", "balanced"),
         f"--layers {model.layers} are too few for the {schedule.stages} stages of --schedule "

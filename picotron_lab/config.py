@@ -209,6 +209,7 @@ class MeshConfig:
     schedule: str = "1f1b"  # of the pipeline
     virtual_stages: int = 0  # stages per pipeline rank; 0: the schedule's own number
     pp_layers: str = "even"  # even, balanced, or the layers of every stage, such as 4,4,4,2
+    token_slices: str = "1"  # of every sequence in the pipeline: a number, their lengths, or auto
 
     def __post_init__(self) -> None:
         _require_ranges(self, MESH_RANGES)
@@ -250,7 +251,7 @@ class MeshConfig:
 
     def _check_pipeline(self) -> None:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for field in ("schedule", "virtual_stages", "pp_layers"):
+        for field in ("schedule", "virtual_stages", "pp_layers", "token_slices"):
             value = getattr(self, field)
             require(
                 self.pp > 1 or value == defaults[field],

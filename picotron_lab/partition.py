@@ -8,7 +8,7 @@ Counts  a cut is a tuple: how many layers each stage has, first stage first. Bet
         the last stage none may be empty: it would hold nothing at all.
 Not     memory: with 1F1B the first rank keeps the activations of p micro-batches, the last of one;
         so where ranks are equally busy, the later one gets the extra layer
-Read    even -> balanced -> costs -> explicit -> layers_of
+Read    even -> balanced -> costs -> explicit -> layers_of; of sequences: token_slices
 Tests   tests/test_partition.py
 """
 
@@ -117,6 +117,46 @@ def explicit(text: str, layers: int, stages: int) -> tuple[int, ...]:
 def layers_of(counts: Sequence[int]) -> list[range]:
     """The layers of each stage, numbered from 0 through the whole model."""
     return [range(sum(counts[:s]), sum(counts[: s + 1])) for s in range(len(counts))]
+
+
+def token_slices(text: str, T: int, multiple: int = 1) -> tuple[int, ...]:
+    """Lengths of the slices of T tokens that --token-slices asks for.
+
+    text      their number, "4": nearly equal, longer ones first; or their lengths, "48,40,40"
+    multiple  all lengths are multiples of it: the ranks of sequence parallelism
+    raises    ConfigError
+    """
+    require(
+        T % multiple == 0 and T > 0,
+        f"--sequence-length {T} must be a multiple of {multiple}, the ranks that share every slice "
+        f"out (--sequence-parallel); try --sequence-length {max(1, -(-T // multiple)) * multiple}.",
+    )
+    most = T // multiple
+    works = f"try --token-slices {min(2, most)}."
+    require(
+        re.fullmatch("[0-9]+(,[0-9]+)*", text) is not None,
+        f"--token-slices {text} must be the number of slices, or their lengths with commas between "
+        f"them; {works}",
+    )
+    lengths = [int(number) for number in text.split(",")]
+    if len(lengths) == 1:
+        count = lengths[0]
+        require(
+            1 <= count <= most,
+            f"--token-slices {count} must lie between 1 and {most}, for a slice of "
+            f"--sequence-length {T} has at least {multiple} tokens; {works}",
+        )
+        return tuple(multiple * (most // count + (i < most % count)) for i in range(count))
+    require(
+        all(length > 0 and length % multiple == 0 for length in lengths),
+        f"--token-slices {text} must be lengths above 0, multiples of {multiple}; {works}",
+    )
+    require(
+        sum(lengths) == T,
+        f"--token-slices {text} adds up to {sum(lengths)} tokens, and must to --sequence-length "
+        f"{T}; {works}",
+    )
+    return tuple(lengths)
 
 
 def _check_filled(layers: int, stages: int) -> None:

@@ -31,8 +31,8 @@ def routes(schedule: Schedule) -> Counter[Route]:
         for stage in range(1, schedule.stages):
             before, after = homes[stage - 1], homes[stage]
             if before != after:
-                found[before, after, "F"] += count
-                found[after, before, "B"] += count
+                found[before, after, "F"] += count * schedule.slices
+                found[after, before, "B"] += count * schedule.slices
     return found
 
 

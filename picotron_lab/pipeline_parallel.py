@@ -62,6 +62,8 @@ from picotron_lab.sharding import at_least_float32
 
 # ---- 1. the idea
 
+Spot = tuple[int, int, int]  # stage, micro-batch, slice of it
+
 
 class Kept(NamedTuple):
     """What F leaves for backward: the stage's input, and where its output was in the graph.
@@ -105,9 +107,9 @@ class Executor:
         synchronisers: dict[int, Any],
         words: Any = None,
     ):
-        assert schedule.slices == 1, (
-            f"{schedule.name} cuts sequences into {schedule.slices} slices, whose keys and values "
-            "this executor does not carry from one to the next: give whole sequences, slices=1."
+        assert schedule.slices == 1 or words is None, (
+            f"{schedule.name} cuts sequences into {schedule.slices} slices, and passes of a split "
+            "vocabulary take whole ones: give slices=1, or no words."
         )
         self.stages, self.schedule, self.axis = stages, schedule, axis
         self.items = schedule.lists[axis.rank]
@@ -117,9 +119,9 @@ class Executor:
         self.channels = self.make_channels(axis, schedule)
         apart = {action.stage for action in actions if action.kind == "W"}
         self.later = {s: deferred.prepare(stages[s]) for s in sorted(apart)}
-        self.kept: dict[tuple[int, int], Kept] = {}
-        self.owed: dict[tuple[int, int], Owed] = {}
-        self.local: dict[tuple[str, int, int], Tensor] = {}  # for a stage of this rank
+        self.kept: dict[Spot, Kept] = {}
+        self.owed: dict[Spot, Owed] = {}
+        self.local: dict[tuple[str, Spot], Tensor] = {}  # for a stage of this rank
         self.batches: Sequence[tuple] = ()
         self.peak, self.trace, self.pretend = 0, None, None
         self.do = {"F": self._forward, "B": self._backward_inputs, "W": self._backward_weights}
@@ -127,11 +129,13 @@ class Executor:
 
     def run(self, batches: Sequence[tuple], tokens: float) -> Tensor:
         """One step: gradients of the sum of token losses / tokens. `batches`: the arguments of the
-        model for each micro-batch. Returns the sum of the token losses that this rank knows."""
-        tokens_BT, stage = batches[0][0], next(iter(self.stages.values()))
+        model for each micro-batch, or for each of its slices (token_pipeline.cut), if there are
+        several. Returns the sum of the token losses that this rank knows."""
+        first, stage = next(iter(self.stages.items()))
         self.batches, dtype = batches, at_least_float32(next(stage.parameters()).dtype)
-        self.share = torch.tensor(1 / tokens, dtype=dtype, device=tokens_BT.device)
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=tokens_BT.device)
+        device = self._batch(Action("F", first))[0].device
+        self.share = torch.tensor(1 / tokens, dtype=dtype, device=device)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for synchroniser in self.synchronisers.values():
             synchroniser.begin_step()
         if self.axis.size > 1:
@@ -149,9 +153,9 @@ class Executor:
         for synchroniser in self.synchronisers.values():
             synchroniser.finish()
         left = [*self.kept, *self.owed]
-        assert not left, f"(stage, micro-batch) {left} had no backward: add their BW, or B and W."
+        assert not left, f"(stage, micro-batch, slice) {left} had no backward: add BW, or B and W."
         left = [*self.local]
-        assert not left, f"nobody took (kind, stage, micro-batch) {left}: add who needs them."
+        assert not left, f"nobody took (kind, (stage, micro-batch, slice)) {left}: add a reader."
         return self.loss_sum
 
     def _run(self, item: Item) -> None:
@@ -177,28 +181,28 @@ class Executor:
 
     def _receive(self, action: Action) -> Tensor | None:
         """From the stage before (F) or after (B, BW); the first and the last one from outside."""
-        kind, _, i, _ = action
+        kind, i = action.kind, action.microbatch
         if kind in VOCABULARY:
             return self.words.receive(action)
         wanted = self._wanted(action)
         if wanted is None and kind == "F":
-            return self.batches[i][0] if self.words is None else self.words.embedded(i)
+            return self._batch(action)[0] if self.words is None else self.words.embedded(i)
         if wanted is None and kind != "W":
             return self.share if self.words is None else self.words.gradient(i)
         if wanted is None:
             return None
-        kind, stage, source = wanted
+        kind, spot, source = wanted
         if source == self.axis.rank:
-            return self.local.pop((kind, stage, i))
-        return self.channels.receive(kind, source, self._like(i))
+            return self.local.pop((kind, spot))
+        return self.channels.receive(kind, source, self._like(action))
 
-    def _wanted(self, action: Action) -> tuple[str, int, int] | None:
-        """Kind, stage and rank of the result that an action takes from another stage, if any."""
-        step = {"F": -1, "B": 1, "BW": 1}.get(action.kind)
-        if step is None or not 0 <= action.stage + step < self.schedule.stages:
+    def _wanted(self, action: Action) -> tuple[str, Spot, int] | None:
+        """Kind, spot and rank of the result that an action takes from another stage, if any."""
+        kind, stage, i, part = action
+        step = {"F": -1, "B": 1, "BW": 1}.get(kind)
+        if step is None or not 0 <= stage + step < self.schedule.stages:
             return None
-        source = self.schedule.rank_of(action.stage + step, action.microbatch)
-        return action.kind[0], action.stage + step, source
+        return kind[0], (stage + step, i, part), self.schedule.rank_of(stage + step, i)
 
     def _messages(self) -> dict[Route, deque[Tensor]]:
         """What comes on each route in this step, in order."""
@@ -207,12 +211,17 @@ class Executor:
             wanted = self._wanted(action)
             if wanted is not None and wanted[2] != self.axis.rank:
                 route = wanted[2], self.axis.rank, wanted[0]
-                likes[route].append(self._like(action.microbatch))
+                likes[route].append(self._like(action))
         return likes
 
-    def _like(self, i: int) -> Tensor:
-        """What of micro-batch i flows between stages; micro-batches may differ in size."""
-        return next(iter(self.stages.values())).boundary(self.batches[i][0])
+    def _batch(self, action: Action) -> tuple:
+        """The arguments of the model for the micro-batch of an action, or for its slice."""
+        batch = self.batches[action.microbatch]
+        return batch[action.slice] if self.schedule.slices > 1 else batch
+
+    def _like(self, action: Action) -> Tensor:
+        """What flows between stages; micro-batches, and slices, may differ in size."""
+        return next(iter(self.stages.values())).boundary(self._batch(action)[0])
 
     def _send(self, action: Action, tensor: Tensor) -> None:
         """To the stage after (F) or before (B, BW); of the first and the last one to all words."""
@@ -221,58 +230,54 @@ class Executor:
         if not 0 <= other < self.schedule.stages:
             self.words.give(kind, i, tensor)
         elif (to := self.schedule.rank_of(other, i)) == self.axis.rank:
-            self.local[kind, s, i] = tensor
+            self.local[kind, action[1:]] = tensor
         else:
             self.channels.send(kind, tensor, to)
 
     # ---- what an action computes: each gives what there is to send
 
     def _forward(self, action: Action, x: Tensor) -> Tensor | None:
-        _, s, i, _ = action
         if x.is_floating_point():
             x.requires_grad_()
-        out = self.stages[s](x, *self.batches[i][1:])
+        out = self.stages[action.stage](x, *self._batch(action)[1:])
         assert out.requires_grad, (
-            f"nothing in stage {s} or before it learns, so it has no backward: leave a parameter "
-            "of the first stage unfrozen."
+            f"nothing in stage {action.stage} or before it learns, so it has no backward: leave a "
+            "parameter of the first stage unfrozen."
         )
-        self.kept[s, i] = Kept(x, get_gradient_edge(out))
+        self.kept[action[1:]] = Kept(x, get_gradient_edge(out))
         if out.dim() > 0:
             return out.detach()
         self.loss_sum += out.detach()
         return None
 
     def _backward(self, action: Action, grad: Tensor) -> Tensor | None:
-        _, s, i, _ = action
-        x, edge = self.kept.pop((s, i))
-        self.synchronisers[s].before_backward(action in self.completes)
+        x, edge = self.kept.pop(action[1:])
+        self.synchronisers[action.stage].before_backward(action in self.completes)
         torch.autograd.backward((edge,), (grad,))
         return x.grad
 
     def _backward_inputs(self, action: Action, grad: Tensor) -> Tensor | None:
         """Only the gradient of x, and what comes by the way; no hook of a parameter runs."""
-        _, s, i, _ = action
-        x, edge = self.kept.pop((s, i))
+        x, edge = self.kept.pop(action[1:])
         inputs = [x] if x.requires_grad else []
-        parameters = [p for p in self.stages[s].parameters() if p.requires_grad]
-        later = self.later[s]
+        parameters = [p for p in self.stages[action.stage].parameters() if p.requires_grad]
+        later = self.later[action.stage]
         later.jobs = []
         found = torch.autograd.grad((edge,), [*inputs, *parameters], (grad,), allow_unused=True)
         jobs, later.jobs = later.jobs, None
         pairs = zip(parameters, found[len(inputs) :], strict=True)
-        self.owed[s, i] = Owed({p: g for p, g in pairs if g is not None}, jobs)
+        self.owed[action[1:]] = Owed({p: g for p, g in pairs if g is not None}, jobs)
         return found[0] if inputs else None
 
     def _backward_weights(self, action: Action, _: None) -> None:
-        """All gradients of the micro-batch arrive now, as in one backward."""
-        _, s, i, _ = action
-        gradients, jobs = self.owed.pop((s, i))
+        """All gradients of the micro-batch, or its slice, arrive now, as in one backward."""
+        gradients, jobs = self.owed.pop(action[1:])
         last = action in self.completes
-        self.synchronisers[s].before_backward(last)
+        self.synchronisers[action.stage].before_backward(last)
         jobs.reverse()
         while jobs:  # each is freed when it is done
             self._multiply(jobs.pop(), gradients, last)
-        for parameter in reversed(list(self.stages[s].parameters())):
+        for parameter in reversed(list(self.stages[action.stage].parameters())):
             if parameter in gradients:
                 parameter.backward(gradients.pop(parameter))
 
@@ -324,12 +329,13 @@ class FusedExecutor(Executor):
 
 
 def contract(schedule: Schedule, size: int) -> list[tuple[int, int]]:
-    """(messages, bytes) that each rank sends from stage to stage in a step, if an activation has
-    `size` bytes; not gradients of copies, nor passes of the vocabulary."""
+    """(messages, bytes) that each rank sends from stage to stage in a step, if an activation of a
+    micro-batch has `size` bytes; not gradients of copies, nor passes of the vocabulary."""
     sent: Counter[int] = Counter()
     for (source, _, _), count in routes(schedule).items():
         sent[source] += count
-    return [(sent[rank], sent[rank] * size) for rank in range(schedule.ranks)]
+    n = schedule.slices
+    return [(sent[rank], sent[rank] // n * size) for rank in range(schedule.ranks)]
 
 
 def main() -> None:

@@ -33,6 +33,8 @@ def train(
     changes = state.changes(state.options_of(manifest), cfg) if manifest is not None else []
     if changes:
         log.say(f"goes on from {manifest.path} with changed options: {', '.join(changes)}")
+    if mesh_cfg.token_slices == "auto":
+        log.say(f"token slices, best by times just measured: {','.join(map(str, trainer.slices))}")
     try:
         for metrics in trainer.fit():
             log.step(metrics)

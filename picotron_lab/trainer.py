@@ -32,6 +32,7 @@ from picotron_lab import (
     router,
     sharding,
     state,
+    token_slices,
 )  # fmt: skip
 from picotron_lab.analysis import cost, hardware, memory
 from picotron_lab.checks import check_run, schedule_of
@@ -59,10 +60,12 @@ class Trainer:
         positions_T = build.positions(mesh_cfg, cfg, self.mesh)  # of this rank's tokens
         self.columns, self.positions_T = positions_T.numpy(), positions_T.to(self.device)
         schedule = schedule_of(mesh_cfg, cfg)
-        validate(schedule)
         self.model = build.build_model(
             self.model_cfg, mesh_cfg, cfg, self.mesh, schedule, self.device
         )
+        self.slices = build.token_slices(self.model_cfg, mesh_cfg, cfg, self.mesh, self.device)
+        schedule = schedule_of(mesh_cfg, cfg, len(self.slices))
+        validate(schedule)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         wide = torch.promote_types(precision.DTYPES[cfg.dtype], torch.float32)
         precision.accumulate_in(parameters, wide)
@@ -129,6 +132,8 @@ class Trainer:
         tokens = int(self.mesh.replica.all_reduce(mine))
         positions = self.cfg.global_batch_size * self.cfg.sequence_length
         router.begin_step(self.model, 1 / positions)
+        if len(self.slices) > 1:
+            batches = [token_slices.cut(batch, self.slices) for batch in batches]
         loss_sum = self.executor.run(batches, max(tokens, 1))
         sharding.reduce_gradients(self.parameters, self.other_axes)
         if self.model_cfg.experts:

@@ -20,9 +20,10 @@ from picotron_lab import (
     precision,
     router,
     sharding,
+    token_slices,
     vocab_parallel,
 )  # fmt: skip
-from picotron_lab.checks import check_run, schedule_of
+from picotron_lab.checks import check_run, schedule_of, slices_of
 from picotron_lab.comm import Alone, Axis
 from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig
 from picotron_lab.dropout import Where
@@ -57,6 +58,8 @@ class Case:
 
     v       stages per rank; 0: the schedule's own number
     layers  of each stage, as in --pp-layers; "even": one each
+    slices  of every sequence, as in --token-slices; "1": none
+    length  of a sequence
     """
 
     name: str
@@ -66,26 +69,34 @@ class Case:
     flavour: str = "dense"
     v: int = 0
     layers: str = "even"
+    slices: str = "1"
+    length: int = T
 
     def __str__(self) -> str:
         v = f" v{self.v}" if self.v else ""
-        return f"{self.name} p{self.p} m{self.m}{v} {self.impl} {self.flavour} {self.layers}"
+        cut = f" slices {self.slices}" if self.slices != "1" else ""
+        return f"{self.name} p{self.p} m{self.m}{v} {self.impl} {self.flavour} {self.layers}{cut}"
 
     def training(self) -> tuple[MeshConfig, TrainConfig]:
         """The mesh and what to do on it."""
         _, changes = FLAVOURS[self.flavour]
         mesh_cfg = MeshConfig(
-            pp=self.p, schedule=self.name, virtual_stages=self.v, pp_layers=self.layers
-        )
+            pp=self.p, schedule=self.name, virtual_stages=self.v, pp_layers=self.layers,
+            token_slices=self.slices,
+        )  # fmt: skip
         cfg = TrainConfig(
-            global_batch_size=self.m, micro_batch_size=1, sequence_length=T, dtype="float64",
-            impl=self.impl, **changes,
+            global_batch_size=self.m, micro_batch_size=1, sequence_length=self.length,
+            dtype="float64", impl=self.impl, **changes,
         )  # fmt: skip
         return mesh_cfg, cfg
 
     def schedule(self) -> Schedule:
         """What the ranks run."""
-        return schedule_of(*self.training())
+        return schedule_of(*self.training(), len(self.lengths()))
+
+    def lengths(self) -> tuple[int, ...]:
+        """Of the slices."""
+        return slices_of(*self.training())
 
     def model(self, stages: int) -> ModelConfig:
         """Of a pipeline with so many stages."""
@@ -122,19 +133,20 @@ def enlarge(model: nn.Module) -> None:
         p.copy_(p * 10 if p.dim() > 1 else p + 0.3 * noise[p.record.index])
 
 
-def batches(step: int, m: int) -> tuple[Tensor, Tensor]:
-    """Tokens, labels [m, T] of a step; the last sequence is ragged, another has a gap."""
+def batches(step: int, m: int, length: int = T) -> tuple[Tensor, Tensor]:
+    """Tokens, labels [m, T] of a step; the last of several is ragged, the first has a gap."""
     draw = torch.Generator().manual_seed(step)
-    tokens_BT = torch.randint(0, SIZES["vocab_size"], (m, T + 1), generator=draw)
+    tokens_BT = torch.randint(0, SIZES["vocab_size"], (m, length + 1), generator=draw)
     labels_BT = tokens_BT[:, 1:].clone()
-    labels_BT[-1, 1:] = IGNORED
+    if m > 1:
+        labels_BT[-1, 1:] = IGNORED
     labels_BT[0, -1] = IGNORED
     return tokens_BT[:, :-1], labels_BT
 
 
-def where(step: int, rows_B: Tensor) -> Where:
+def where(step: int, rows_B: Tensor, length: int = T) -> Where:
     """These sequences of the global batch."""
-    return Where(torch.arange(T), rows_B, step, seed=5)
+    return Where(torch.arange(length), rows_B, step, seed=5)
 
 
 # ---- on ranks
@@ -149,6 +161,7 @@ class Rank:
     part: nn.Module
     executor: Any
     synchroniser: Any
+    case: Case
 
     @property
     def axes(self) -> dict[str, Axis]:
@@ -156,9 +169,17 @@ class Rank:
 
     def microbatches(self, step: int) -> list[tuple]:
         """The arguments of the model for every micro-batch."""
-        tokens_BT, labels_BT = batches(step, self.executor.schedule.microbatches)
+        length = self.case.length
+        tokens_BT, labels_BT = batches(step, self.executor.schedule.microbatches, length)
         rows = torch.arange(len(tokens_BT)).split(1)
-        return [(tokens_BT[i], labels_BT[i], where(step, i)) for i in rows]
+        return [(tokens_BT[i], labels_BT[i], where(step, i, length)) for i in rows]
+
+    def slices(self, given: list[tuple], every: list[tuple[int, ...]] | None) -> list:
+        """What the executor takes; `every`: the slices of each micro-batch, if they differ."""
+        if self.executor.schedule.slices == 1:
+            return given
+        every = every or [self.case.lengths()] * len(given)
+        return [token_slices.cut(one, of) for one, of in zip(given, every, strict=True)]
 
 
 def prepare(axis: Axis, case: Case) -> Rank:
@@ -174,15 +195,16 @@ def prepare(axis: Axis, case: Case) -> Rank:
     precision.accumulate_in(list(part.parameters()), torch.float64)
     found = build.synchronisers(part, mesh_cfg, cfg, ranks)
     executor = build.executor(part, schedule, ranks, cfg.impl, found)
-    return Rank(model_cfg, ranks, part, executor, data_parallel.together(list(found.values())))
+    synchroniser = data_parallel.together(list(found.values()))
+    return Rank(model_cfg, ranks, part, executor, synchroniser, case)
 
 
-def train(axis: Axis, case: Case, steps: int = STEPS) -> Seen:
-    """Steps of SGD with clipping on this rank."""
+def train(axis: Axis, case: Case, steps: int = STEPS, every: list | None = None) -> Seen:
+    """Steps of SGD with clipping on this rank; `every`: the slices of each micro-batch."""
     rank, seen = prepare(axis, case), Seen()
     for step in range(steps):
         axis.ledger.clear()
-        loss, norm = gradients(rank, step, seen)
+        loss, norm = gradients(rank, step, seen, every)
         seen.numbers += [loss, norm]
         with torch.no_grad():
             for p in rank.synchroniser.shards:
@@ -192,12 +214,15 @@ def train(axis: Axis, case: Case, steps: int = STEPS) -> Seen:
     return seen
 
 
-def gradients(rank: Rank, step: int, seen: Seen) -> tuple[float, float]:
+def gradients(
+    rank: Rank, step: int, seen: Seen, every: list | None = None
+) -> tuple[float, float]:
     """Loss and norm; leaves clipped gradients in .grad, and copies of unclipped ones in `seen`."""
     given = rank.microbatches(step)
     tokens = int(sum((labels != IGNORED).sum() for _, labels, _ in given))
-    router.begin_step(rank.part, 1 / (len(given) * T))
-    loss_sum = rank.executor.run(given, tokens)
+    positions = len(given) * rank.case.length
+    router.begin_step(rank.part, 1 / positions)
+    loss_sum = rank.executor.run(rank.slices(given, every), tokens)
     if step == 0:
         seen.calls = list(rank.mesh.world.ledger.calls)
     parameters, replica = rank.synchroniser.shards, rank.mesh.replica
@@ -205,7 +230,7 @@ def gradients(rank: Rank, step: int, seen: Seen) -> tuple[float, float]:
     sharding.reduce_gradients(parameters, others)
     if rank.model_cfg.experts:
         copies = rank.axes.get("mirror")
-        router.settle(rank.part, replica, len(given) * T, copies, rank.mesh.pp)
+        router.settle(rank.part, replica, positions, copies, rank.mesh.pp)
     for p in parameters:
         seen.keep(f"step {step} gradient", p, p.grad)
     loss = rank.mesh.pp.all_reduce(loss_sum) / tokens
@@ -273,18 +298,20 @@ def whole(model_cfg: ModelConfig, dropout: float = 0.0) -> Llama:
     return model
 
 
-def alone(model_cfg: ModelConfig, dropout: float, m: int) -> Seen:
+def alone(
+    model_cfg: ModelConfig, dropout: float, m: int, length: int = T, steps: int = STEPS
+) -> Seen:
     """The same steps with the plain model, all sequences at once."""
     model, seen = whole(model_cfg, dropout), Seen()
     one = Axis("one", [0], 0, Alone(), Ledger())
-    for step in range(STEPS):
-        tokens_BT, labels_BT = batches(step, m)
-        router.begin_step(model, 1 / (m * T))
-        loss_sum = model(tokens_BT, labels_BT, where(step, torch.arange(m)))
+    for step in range(steps):
+        tokens_BT, labels_BT = batches(step, m, length)
+        router.begin_step(model, 1 / (m * length))
+        loss_sum = model(tokens_BT, labels_BT, where(step, torch.arange(m), length))
         loss = loss_sum / (labels_BT != IGNORED).sum()
         model.zero_grad()
         loss.backward()
-        router.settle(model, one, m * T)
+        router.settle(model, one, m * length)
         for p in model.parameters():
             seen.keep(f"step {step} gradient", p, p.grad)
         norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)

@@ -10,7 +10,9 @@ from mutants import (
     gradients,
     model_and_run,
     pipelines,
+    programs,
     splitting,
+    token_slices,
 )  # fmt: skip
 
 TESTS = Path(__file__).parent
@@ -18,6 +20,7 @@ MUTANTS = [
     mutant
     for module in (
         gradients, model_and_run, splitting, context_and_experts, context_paths, pipelines,
+        token_slices, programs,
     )
     for mutant in vars(module).values()
     if isinstance(mutant, Mutant)

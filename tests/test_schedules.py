@@ -108,14 +108,6 @@ def test_dual_pipe_of_more_sizes_is_that_of_the_authors():
     assert digest.hexdigest()[:32] == "c339eb1b60acb08801a6f2c69b2013b2"
 
 
-def test_small_sliced_list():
-    schedule = build("seq1f1b", 2, 2, Options(slices=2))
-    assert [" ".join(map(str, items)) for items in schedule.lists] == [
-        "F0.0 F0.0/1 F0.1 BW0.0/1 F0.1/1 BW0.0 BW0.1/1 BW0.1",
-        "F1.0 F1.0/1 BW1.0/1 F1.1 BW1.0 F1.1/1 BW1.1/1 BW1.1",
-    ]
-
-
 @pytest.mark.parametrize(
     ("name", "placement"),
     [
@@ -187,6 +179,7 @@ FORMS = {  # schedule -> (smallest m, bubble of the makespan or stage, peak of r
     "dualpipe": (lambda p: 2 * p, 0, lambda p, r, m, v: p + 1, PAIRS),
     "dualpipe-v": (lambda p: 2 * p, 0, lambda p, r, m, v: min(2 * p + 1, 2 * m), PAIRS),
     "seq1f1b": (lambda p: 1, 0, lambda p, r, m, v: min(m * v, p - r - 1 + v) / v, COSTS),
+    "terapipe": (lambda p: 1, 0, lambda p, r, m, v: m, COSTS),
 }  # fmt: skip
 
 
@@ -205,7 +198,7 @@ def bubble(name: str, p: int, costs: Costs) -> float:
 def sizes(name: str, ps, more=()):
     """(p, m, v or n) that the closed forms cover: m around the multiples of p where they change."""
     least = FORMS[name][0]
-    several = name in ("interleaved", "interleaved-zb", "seq1f1b")
+    several = name in ("interleaved", "interleaved-zb", "seq1f1b", "terapipe")
     for p in ps:
         near = {p - 1, p, p + 1, 2 * p - 1, 2 * p, 2 * p + 1, 3 * p, 4 * p}
         for m in sorted({1, 2, 3, *near, *more}):
@@ -217,7 +210,7 @@ def sizes(name: str, ps, more=()):
 
 def check_forms(name: str, p: int, m: int, v: int) -> None:
     _, which, peak, times = FORMS[name]
-    sliced = name == "seq1f1b"
+    sliced = name in ("seq1f1b", "terapipe")
     options = Options(slices=v) if sliced else Options(virtual_stages=v if v > 1 else 0)
     schedule = build(name, p, m, options)
     validate(schedule)
@@ -326,7 +319,8 @@ def test_all_sizes_run():
         (("1f1b", 4, 8, Options(virtual_stages=2)), "virtual stages 2 do not fit 1f1b"),
         (("zb-v", 4, 8, Options(virtual_stages=3)), "whose ranks hold 2: leave"),
         (("interleaved", 4, 8, Options(virtual_stages=-1)), "virtual stages -1 are too few"),
-        (("1f1b", 4, 8, Options(slices=2)), "token slices 2 do not fit 1f1b, .* seq1f1b"),
+        (("1f1b-interlaced", 4, 8, Options(slices=2)), "token slices 2 do not fit .* 1f1b"),
+        (("zb-auto", 4, 8, Options(slices=2)), "token slices 2 do not fit zb-auto, .* seq1f1b"),
         (("seq1f1b", 4, 8, Options(slices=0)), "token slices 0 are too few"),
         (("interleaved", 4, 9), "cannot group 9 micro-batches .* multiple of 4, such as 8"),
         (("dualpipe", 3, 8), "even number of ranks.* not 3: .*-v, or the even number 4"),

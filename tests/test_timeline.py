@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from picotron_lab.analysis.plots import draw, save
+from picotron_lab.analysis.plots import compare, draw, save
 from picotron_lab.analysis.timeline import activations, as_dict, metrics, trace, write_trace
 from picotron_lab.schedules.actions import Schedule, parse
 from picotron_lab.schedules.costs import Costs, Options
@@ -181,6 +181,15 @@ def test_picture_shows_both_bubbles():
     assert second == "bubble 3 = 5.9% of the makespan; per stage 0 = 0.0%"
     assert below.get_ylabel() == "activations\n(held until W)"
     assert max(below.lines[2].get_ydata()) == 8
+
+
+def test_pictures_under_one_another_share_their_time():
+    """The longest fills the width; each ends with a line at its makespan."""
+    long, short = (simulate(build(name, 3, 5)) for name in ("afab", "zb-h1"))
+    top, below = compare([("first", long), ("second", short)]).axes
+    assert top.get_title(loc="left") == "first: 21" and below.get_title(loc="left") == "second: 17"
+    assert top.get_xlim() == below.get_xlim() == (0, 1.01 * 21)
+    assert [list(axes.lines[0].get_xdata()) for axes in (top, below)] == [[21, 21], [17, 17]]
 
 
 def test_picture_of_slices_pairs_and_large_steps(tmp_path):

@@ -1,6 +1,7 @@
 """Pictures of schedules, as papers draw them: a row per rank, and below what each rank holds."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from picotron_lab.schedules.simulate import Timeline
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 Box = tuple[float, float, float, float]  # left, right, top, bottom
 MEANINGS = {
@@ -55,6 +57,26 @@ def draw(timeline: Timeline) -> "Figure":
     )  # fmt: skip
     below.set_xlim(0, makespan)
     below.set_xlabel("time, in units of the costs")
+    return figure
+
+
+def compare(timelines: Sequence[tuple[str, Timeline]]) -> "Figure":
+    """Several steps under one another, each with a title, on one axis of time."""
+    from matplotlib.figure import Figure
+
+    longest = max(timeline.makespan for _, timeline in timelines)
+    heights = [timeline.schedule.ranks for _, timeline in timelines]
+    size = (9, 0.4 * sum(heights) + 0.7 * len(heights) + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)
+    for axes, (title, timeline) in zip(panels[:, 0], timelines, strict=True):
+        _fill(axes, timeline.schedule, _cells(timeline), 8 * POINTS / longest)
+        axes.axvline(timeline.makespan, color="black", linewidth=0.8)
+        axes.set_title(f"{title}: {timeline.makespan:.4g}", loc="left", fontsize=9)
+        axes.set_xlim(0, 1.01 * longest)
+    axes.set_xlabel("time, in units of the costs")
+    patches = _patches(timelines[-1][1].schedule)
+    figure.legend(handles=patches, loc="outside lower left", frameon=False, fontsize=8, ncols=6)
     return figure
 
 
@@ -103,6 +125,15 @@ def _fill(axes: "Axes", schedule: Schedule, cells: dict, points: float) -> None:
 
 def _explain(axes: "Axes", schedule: Schedule, width: float) -> None:
     """What the colours mean, in as many columns as fit the width (inches)."""
+    shown = _patches(schedule)
+    axes.legend(
+        handles=shown, loc="upper left", bbox_to_anchor=(0, 0), frameon=False, fontsize=8,
+        ncols=min(len(shown), int(width / LABEL)), columnspacing=1.2,
+    )  # fmt: skip
+
+
+def _patches(schedule: Schedule) -> list["Patch"]:
+    """A sample of each colour, with its meaning."""
     from matplotlib.patches import Patch
 
     kinds = {action.kind for items in schedule.lists for item in items for action in parts(item)}
@@ -110,10 +141,7 @@ def _explain(axes: "Axes", schedule: Schedule, width: float) -> None:
     if len(schedule.placement[0]) > 1:
         darker = "second direction" if schedule.replicated else "later stages of a rank"
         shown.append(Patch(color="#888888", label=f"darker: {darker}"))
-    axes.legend(
-        handles=shown, loc="upper left", bbox_to_anchor=(0, 0), frameon=False, fontsize=8,
-        ncols=min(len(shown), int(width / LABEL)), columnspacing=1.2,
-    )  # fmt: skip
+    return shown
 
 
 def _colour(schedule: Schedule, action: Action, rank: int) -> tuple[float, ...]:

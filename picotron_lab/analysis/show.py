@@ -38,6 +38,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--stage-factors", default="", metavar="1,1,2,1", help="how much longer each stage takes"
     )
     parser.add_argument(
+        "--slice-factors", default="", metavar="1,1.2", help="how much longer each slice takes"
+    )
+    parser.add_argument(
         "--memory-limit", type=float, default=0.0, metavar="A",
         help="activations of one stage and micro-batch that a rank may hold (default: no limit)",
     )  # fmt: skip
@@ -74,7 +77,9 @@ def show(args: argparse.Namespace) -> None:
 
 def simulated(args: argparse.Namespace) -> Timeline:
     """The schedule that was asked for, and when everything in it runs."""
-    costs = replace(parse_costs(args.cost), factors=_factors(args.stage_factors))
+    factors = _factors("--stage-factors", args.stage_factors)
+    slices = _factors("--slice-factors", args.slice_factors)
+    costs = replace(parse_costs(args.cost), factors=factors, slices=slices)
     options = Options(
         virtual_stages=args.virtual_stages, slices=args.token_slices, costs=costs,
         memory_limit=args.memory_limit, vocabulary=args.vocab_parallel,
@@ -92,12 +97,12 @@ def _check_memory(schedule: Schedule, limit: float) -> None:
         raise ScheduleError(f"memory_limit {limit:g}: {error}") from None
 
 
-def _factors(text: str) -> tuple[float, ...]:
+def _factors(option: str, text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(",") if part)
     except ValueError:
         raise ScheduleError(
-            f"--stage-factors {text} needs a number for every stage, as in 1,1,2,1."
+            f"{option} {text} needs numbers with commas between them, as in 1,1,2,1."
         ) from None
 
 
@@ -107,7 +112,10 @@ def _sentence(message: str, args: argparse.Namespace) -> str:
         if message.startswith(f"{name} "):
             return option + message.removeprefix(name)
     if "factors do not fit" in message:
-        return f"--stage-factors {args.stage_factors}: {message}"
+        what, given = "stage", args.stage_factors
+        if message.partition(":")[0].endswith("slices"):
+            what, given = "slice", args.slice_factors
+        return f"--{what}-factors {given}: {message}"
     if message.startswith(("schedule ", "--")):
         return message
     return f"--pp {args.pp} --microbatches {args.microbatches}: {message}"

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, fields
+from math import prod
 
 from picotron_lab.schedules.actions import DATA, VOCABULARY, Action, Item, Pair, ScheduleError
 
@@ -21,6 +22,7 @@ class Costs:
     pair      of an overlapped F&BW or F&B;  0: no gain, the sum of its members
     factors   per stage, by which its F, B and W are multiplied (uneven stages): a number, or three,
               one for each; a pair becomes longer as its members do. Empty: all 1
+    slices    the same per slice of a sequence (uneven slices)
     """
 
     F: float = 1.0
@@ -34,6 +36,7 @@ class Costs:
     barrier: float = 0.0
     pair: float = 0.0
     factors: tuple[Factor, ...] = ()
+    slices: tuple[Factor, ...] = ()
 
     def __post_init__(self) -> None:
         for name, value in [*((n, getattr(self, n)) for n in UNITS), *self._factors()]:
@@ -42,26 +45,34 @@ class Costs:
 
     def _factors(self) -> list[tuple[str, float]]:
         """Every factor with its name."""
-        numbers = [f if isinstance(f, tuple) else (f,) for f in self.factors]
-        return [(f"factors[{s}]", number) for s, of in enumerate(numbers) for number in of]
+        of = {"factors": self.factors, "slices": self.slices}
+        each = [(f"{name}[{i}]", f) for name, all_f in of.items() for i, f in enumerate(all_f)]
+        return [(name, number) for name, f in each for number in _three(f)]
 
     def of(self, item: Item) -> float:
         """How long an item takes. G and R take nothing here: the executor overlaps them."""
         if not isinstance(item, Pair):
-            return self._time(item, self.factors[item.stage] if self.factors else 1.0)
+            stage = self.factors[item.stage] if self.factors else 1.0
+            part = self.slices[item.slice] if self.slices else 1.0
+            return self._time(item, stage, part)
         both = (item.first, item.second)
-        together, even = sum(map(self.of, both)), sum(self._time(action, 1.0) for action in both)
+        together, even = sum(map(self.of, both)), sum(self._time(action) for action in both)
         return self.pair * together / even if self.pair and even else self.pair or together
 
-    def _time(self, action: Action, factor: Factor) -> float:
+    def _time(self, action: Action, stage: Factor = 1.0, part: Factor = 1.0) -> float:
         kind = action.kind
         if kind in DATA:
             return 0.0
         if kind in VOCABULARY:
             return getattr(self, kind)
-        f, b, w = factor if isinstance(factor, tuple) else (factor, factor, factor)
-        times = {"F": self.F * f, "B": self.B * b, "W": self.W * w}
-        return times["B"] + times["W"] if kind == "BW" else times[kind]
+        units = (self.F, self.B, self.W)
+        f, b, w = map(prod, zip(units, _three(stage), _three(part), strict=True))
+        return {"F": f, "B": b, "W": w, "BW": b + w}[kind]
+
+
+def _three(factor: Factor) -> tuple[float, float, float]:
+    """Of F, of B, of W."""
+    return factor if isinstance(factor, tuple) else (factor, factor, factor)
 
 
 def parse_costs(text: str) -> Costs:
@@ -69,7 +80,7 @@ def parse_costs(text: str) -> Costs:
 
     Raises  ScheduleError with a sentence that shows a value that works
     """
-    known = {field.name for field in fields(Costs)} - {"factors"}
+    known = {field.name for field in fields(Costs)} - {"factors", "slices"}
     given = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")

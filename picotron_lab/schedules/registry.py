@@ -45,6 +45,7 @@ ENTRIES = {
     "dualpipe": Entry(dual_pipe.dual_pipe, 2),
     "dualpipe-v": Entry(dual_pipe.dual_pipe_v, 2),
     "seq1f1b": Entry(sliced.seq1f1b, 1, ("slices",)),
+    "terapipe": Entry(sliced.terapipe, 1, ("slices",)),
     "1f1b-vocab1": Entry(vocab.vocab_1, 1, ("costs",)),
     "1f1b-vocab2": Entry(vocab.vocab_2, 1, ("costs",)),
     "1f1b-interlaced": Entry(vocab.interlaced),
@@ -71,7 +72,8 @@ def build(name: str, ranks: int, microbatches: int, options: Options = DEFAULTS)
     _check(name, entry, options)
     chosen = {"virtual_stages": options.virtual_stages or entry.stages}
     values = [chosen.get(field, getattr(options, field)) for field in entry.takes]
-    return entry.function(ranks, microbatches, *values)
+    schedule = entry.function(ranks, microbatches, *values)
+    return schedule if "slices" in entry.takes else sliced.within(schedule, options.slices)
 
 
 def _check(name: str, entry: Entry, options: Options) -> None:
@@ -95,7 +97,8 @@ def _check(name: str, entry: Entry, options: Options) -> None:
             f"memory_limit {options.memory_limit:g} is no number of activations: give 0 for no "
             f"limit, or one for {name} to keep, such as 4."
         )
-    if n > 1 and "slices" not in entry.takes:
+    if n > 1 and "costs" in entry.takes:
         raise ScheduleError(
-            f"token slices {n} do not fit {name}, which does not cut sequences: choose seq1f1b."
+            f"token slices {n} do not fit {name}, which is made for whole sequences: choose "
+            "seq1f1b."
         )

@@ -71,12 +71,14 @@ def simulate(schedule: Schedule, costs: Costs = Costs()) -> Timeline:  # noqa: B
     return Timeline(schedule, costs, tuple(map(tuple, run.starts)), tuple(map(tuple, run.ends)))
 
 
-def check_factors(costs: Costs, stages: int) -> None:
-    """Refuse factors that are not one for every stage."""
-    if costs.factors and len(costs.factors) != stages:
-        raise ScheduleError(
-            f"{len(costs.factors)} factors do not fit {stages} stages: give one for each, or none."
-        )
+def check_factors(costs: Costs, stages: int, slices: int = 1) -> None:
+    """Refuse factors that are not one for every stage, or for every slice."""
+    pairs = (costs.factors, stages, "stages"), (costs.slices, slices, "slices")
+    for factors, count, what in pairs:
+        if factors and len(factors) != count:
+            raise ScheduleError(
+                f"{len(factors)} factors do not fit {count} {what}: give one for each, or none."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ class Run:
     """How far each rank has come, and which results are there."""
 
     def __init__(self, schedule: Schedule, costs: Costs) -> None:
-        check_factors(costs, schedule.stages)
+        check_factors(costs, schedule.stages, schedule.slices)
         self.schedule, self.costs = schedule, costs
         self.starts: list[list[float]] = [[] for _ in schedule.lists]
         self.ends: list[list[float]] = [[] for _ in schedule.lists]

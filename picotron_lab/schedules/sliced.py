@@ -6,8 +6,66 @@ A later slice attends to the keys and values of the earlier ones, so forwards go
 from its start to its end, and backwards from its end to its start.
 """
 
-from picotron_lab.schedules.actions import Action, Schedule
+from collections.abc import Iterator
+from dataclasses import replace
+
+from picotron_lab.schedules.actions import (
+    Action,
+    Item,
+    Pair,
+    Schedule,
+    ScheduleError,
+    parts,
+)
 from picotron_lab.schedules.basic import alternate, straight
+
+
+def within(schedule: Schedule, n: int) -> Schedule:
+    """The same order of micro-batches, each action now one on each slice of its micro-batch.
+
+    Forwards take the slices from first to last, backwards from last to first; a pair of a forward
+    and a backward becomes n pairs.
+    Source  TeraPipe, arXiv 2102.07988, appendix on gradient accumulation, for 1F1B
+    """
+    if n > 1 and schedule.vocabulary:
+        raise ScheduleError(
+            f"token slices {n} do not fit {schedule.name}, whose vocabulary passes take whole "
+            "sequences: choose 1f1b."
+        )
+    lists = [tuple(part for item in items for part in _cut(item, n)) for items in schedule.lists]
+    return replace(schedule, lists=tuple(lists), slices=n)
+
+
+def _cut(item: Item, n: int) -> Iterator[Item]:
+    """One item for each slice, in order."""
+    for k in range(n):
+        if isinstance(item, Pair):
+            yield Pair(*(_on(action, k, n) for action in parts(item)))
+        else:
+            yield _on(item, k, n)
+
+
+def _on(action: Action, k: int, n: int) -> Action:
+    """An action on the slice that comes k-th in its direction."""
+    return action._replace(slice=k if action.kind == "F" else n - 1 - k)
+
+
+def terapipe(p: int, m: int, n: int = 4) -> Schedule:
+    """All slices of all sequences forward, then all backward in the opposite order.
+
+    Bubble  (p-1)(tF+tB+tW) / n for slices that take equal times; for any others the time of a step
+            is sum of all + (p-1) (longest F + longest BW)
+    Peak    m: as afab, for all slices wait for their backward
+    Needs   nothing to run; which slices: slicing.py
+    Source  TeraPipe, arXiv 2102.07988, section 3
+    """
+    order = [(i, k) for i in range(m) for k in range(n)]
+    lists = [
+        tuple(Action("F", r, i, k) for i, k in order)
+        + tuple(Action("BW", r, i, k) for i, k in reversed(order))
+        for r in range(p)
+    ]
+    return Schedule("terapipe", tuple(lists), straight(p), m, slices=n)
 
 
 def seq1f1b(p: int, m: int, n: int = 4) -> Schedule:
