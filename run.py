@@ -8,6 +8,8 @@ torchrun --nproc-per-node 4 run.py --cp 4 --model moe-small --ep 4
 torchrun --nproc-per-node 4 run.py --pp 4 --schedule zb-h1 --micro-batch-size 2
 python run.py verify                         every technique beside one device
 python run.py schedule zb-h1 --pp 4          what each pipeline rank does when, and holds
+python run.py plan --model llama3-70b --gpus 640 --hardware h100    the fastest meshes that fit
+python run.py dryrun --model llama3-70b --gpus 640 --tp 8 --pp 4 --dtype bfloat16
 
 Torch is imported by the commands that compute, so that the others answer at once.
 """
@@ -15,6 +17,8 @@ Torch is imported by the commands that compute, so that the others answer at onc
 import argparse
 import dataclasses
 import difflib
+import functools
+import importlib
 import json
 import math
 import os
@@ -31,20 +35,8 @@ from picotron_lab.ledger import CommError
 if TYPE_CHECKING:
     from picotron_lab.checkpoint import Manifest
 
-COMMANDS = ("train", "verify", "schedule", "export", "import")
-SEVERAL_NODES = """
-several machines: start this on every node (NODES machines of 8 GPUs; HEAD is the first one's name)
-  torchrun --nnodes NODES --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HEAD:29500 \\
-      run.py --model llama3-8b --dp $((NODES * 8))
-
-the same as a SLURM job: save as job.sh, then sbatch job.sh
-  #!/bin/bash
-  #SBATCH --nodes 4 --ntasks-per-node 1 --gpus-per-node 8
-  HEAD=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1)
-  srun torchrun --nnodes $SLURM_NNODES --nproc-per-node 8 --rdzv-backend c10d \\
-      --rdzv-id $SLURM_JOB_ID --rdzv-endpoint $HEAD:29500 \\
-      run.py --dp 32 --save-dir runs/job --save-every 500 --resume
-"""
+ANALYSES = {"schedule": "show", "plan": "planner_show"}  # command -> file of analysis/
+COMMANDS = ("train", "verify", *ANALYSES, "dryrun", "export", "import")
 MODEL_OPTIONS = {
     "--vocab-size": (int, "entries of the vocabulary (default: the tokenizer's, rounded up to 64)"),
     "--hidden-size": (int, "width of the residual stream"),
@@ -112,9 +104,9 @@ def train_parser() -> Parser:
     """All options of `run.py train`; those not given stay absent, so that a checkpoint can
     decide."""
     parser = Parser(
-        "run.py [train]", description="Train a Llama on any number of ranks.", epilog=SEVERAL_NODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
+        "run.py [train]", description="Train a Llama on any number of ranks.",
+        epilog=checks.SEVERAL_NODES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
     )  # fmt: skip
     model = parser.add_argument_group("model")
     model.add_argument("--model", help=f"one of {', '.join(config.PRESETS)} (default: tiny)")
@@ -185,8 +177,9 @@ def add_pipeline_options(mesh: argparse._ArgumentGroup) -> None:
     )
     mesh.add_argument(
         "--token-slices", metavar="STR",
-        help="cut sequences, which then flow through the stages slice by slice: how many slices, "
-        "their lengths, such as 72,56, or auto, by times measured at the start (default: 1)",
+        help="cut sequences, which then flow through the stages slice by slice: how many slices "
+        "(one number), their lengths, such as 72,56, or auto, by times measured at the start "
+        "(default: 1)",
     )
     mesh.add_argument(
         "--pp-layers", metavar="STR",
@@ -322,13 +315,25 @@ def run_verify(arguments: list[str]) -> int:
     return 0 if all(row.good for row in rows) else 1
 
 
-def run_schedule(arguments: list[str]) -> None:
-    """run.py schedule: what each rank of a pipeline does when, simulated."""
-    from picotron_lab.analysis import show
+def run_analysis(command: str, arguments: list[str]) -> None:
+    """run.py schedule, run.py plan: what a file of analysis/ answers."""
+    module = importlib.import_module(f"picotron_lab.analysis.{ANALYSES[command]}")
+    about = module.__doc__.splitlines()[0]
+    parser = Parser(f"run.py {command}", description=about, allow_abbrev=False)
+    module.add_options(parser)
+    module.show(parser.parse_args(arguments))
 
-    parser = Parser("run.py schedule", description=run_schedule.__doc__, allow_abbrev=False)
-    show.add_options(parser)
-    show.show(parser.parse_args(arguments))
+
+def run_dryrun(arguments: list[str]) -> None:
+    """run.py dryrun: what ranks of a job of any size hold, compute and send, without running it."""
+    from picotron_lab.analysis import dryrun
+
+    parser = train_parser()
+    dryrun.add_options(parser)
+    given = vars(parser.parse_args(arguments))
+    checks.check_not_empty(given)
+    mesh_cfg = choose_ranks({**given, "ranks": given["gpus"]})[1]
+    dryrun.show(choose_model(given, None), mesh_cfg, choose_options(given, None), given)
 
 
 def run_export(arguments: list[str]) -> None:
@@ -366,7 +371,8 @@ def main(arguments: list[str]) -> int:
     """Call the command; turn what the user can mend into a sentence and an exit code."""
     command = arguments[0] if arguments and arguments[0] in COMMANDS else "train"
     rest = arguments[1:] if arguments and arguments[0] in COMMANDS else arguments
-    run = {"train": run_train, "verify": run_verify, "schedule": run_schedule}
+    run = {"train": run_train, "verify": run_verify, "dryrun": run_dryrun}
+    run |= {name: functools.partial(run_analysis, name) for name in ANALYSES}
     run |= {"export": run_export, "import": run_import}
     rank = int(os.environ.get("RANK", "0"))
     try:

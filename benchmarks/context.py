@@ -26,7 +26,7 @@ from picotron_lab import precision, sharding, zero_units  # noqa: E402
 from picotron_lab.analysis import activations, fused_activations, zero_state  # noqa: E402
 from picotron_lab.analysis.activations import Setting  # noqa: E402
 from picotron_lab.analysis.context import Watch  # noqa: E402
-from picotron_lab.analysis.memory import Meter  # noqa: E402
+from picotron_lab.analysis.meter import Meter  # noqa: E402
 from picotron_lab.comm import Axis  # noqa: E402
 from picotron_lab.config import PRESETS, ModelConfig  # noqa: E402
 from picotron_lab.context_parallel import FusedRing, Piece, parallelize, positions  # noqa: E402

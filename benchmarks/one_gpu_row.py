@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from picotron_lab import data_parallel, mesh, optim, precision, sharding
 from picotron_lab.alone import Alone
-from picotron_lab.analysis import cost, hardware, memory
+from picotron_lab.analysis import cost, hardware, meter
 from picotron_lab.build import build_model
 from picotron_lab.comm import Axis
 from picotron_lab.config import PRESETS, MeshConfig, ModelConfig, TrainConfig
@@ -166,7 +166,7 @@ def measure(args: argparse.Namespace) -> dict:
         "step_seconds": seconds[args.warm_up :],
         "mfu": cost.model_flops_utilisation(speed, full, peak, 1),
         "mfu_causal": cost.model_flops_utilisation(speed, causal, peak, 1),
-        "peak_memory_bytes": memory.peak_memory_bytes(device),
+        "peak_memory_bytes": meter.peak_memory_bytes(device),
         "first_loss": float(losses[0]), "last_loss": float(losses[-1]),
         "device": hardware.device_name(device), "peak_flops": peak,
     }  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from picotron_lab import build, mesh, partition, token_slices
-from picotron_lab.analysis.memory import Meter
+from picotron_lab.analysis.meter import Meter
 from picotron_lab.analysis.plots import compare
 from picotron_lab.checks import schedule_of, slices_of
 from picotron_lab.clock import Network

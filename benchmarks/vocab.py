@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from picotron_lab.alone import Alone, Nobody  # noqa: E402
-from picotron_lab.analysis.memory import Meter  # noqa: E402
+from picotron_lab.alone import Alone  # noqa: E402
+from picotron_lab.analysis.meter import Meter  # noqa: E402
 from picotron_lab.comm import Axis  # noqa: E402
 from picotron_lab.ledger import Ledger  # noqa: E402
+from picotron_lab.nobody import Nobody  # noqa: E402
 from picotron_lab.vocab_parallel import Shard, VocabHead  # noqa: E402
 
 GPU_SIZES = ((8192, 4096), (32_768, 131_072, 262_144))  # (tokens, width), vocabularies

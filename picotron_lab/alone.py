@@ -1,10 +1,6 @@
-"""Worlds of one rank: alone, and nobody; and what every world answers with: work under way.
+"""The world of one rank, and what every world answers with: work under way.
 
-Idea    An axis of size 1 needs no world at all, so that the same code serves size 1 and size n. And
-        one process can run rank r of a job of any size, if nobody answers it with tensors of the
-        right shape: then memory, FLOPs and traffic of that rank can be read off, on fake or meta
-        tensors.
-Use     Axis("world", range(640), 17, Nobody(), Ledger()) is rank 17 of 640
+Idea    An axis of size 1 needs no world at all, so that the same code serves size 1 and size n.
 Tests   tests/test_comm.py
 """
 
@@ -83,31 +79,3 @@ class Alone:
 
     def split(self, call: Call, mine: list[int]) -> "Alone":
         return self
-
-
-class Nobody(Alone):
-    """A dry run: rank r of a large job, whose calls are answered with tensors of the right shape.
-
-    The values mean nothing (each peer seems to hold what I hold); shapes, dtypes and the ledger are
-    real.
-    """
-
-    def all_gather(self, call: Call, out: Tensor, x: Tensor) -> Work:
-        if x.numel() > 0:
-            out.view(-1, *x.shape).copy_(x.clone())  # x may lie in out
-        return Done()
-
-    def reduce_scatter(self, call: Call, out: Tensor, x: Tensor, op: str) -> Work:
-        out.copy_(x[: out.shape[0]])
-        return Done()
-
-    def all_to_all(
-        self, call: Call, out: Tensor, x: Tensor, receive_rows: list[int], send_rows: list[int]
-    ) -> Work:
-        out.zero_()
-        return Done()
-
-    def exchange(self, call: Call, sends: list, receives: list) -> Work:
-        for out, _ in receives:
-            out.zero_()
-        return Done()

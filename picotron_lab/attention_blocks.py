@@ -166,11 +166,11 @@ class FusedBlocks(PlainBlocks):
 
 def _fastest(q_BTHC: Tensor, documents: Documents) -> Any:
     """What has attend and attend_backward for such queries."""
-    if q_BTHC.device.type == "cpu":
+    if not q_BTHC.is_cuda:
         return CpuFlash() if documents is None else Masked()
     fits = q_BTHC.shape[-1] % 8 == 0 and q_BTHC.shape[-1] <= 256
     half = q_BTHC.dtype in (torch.bfloat16, torch.float16)
-    return CudaFlash() if q_BTHC.is_cuda and half and fits and documents is None else Chunks()
+    return CudaFlash() if half and fits and documents is None else Chunks()
 
 
 def _heads_first(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:

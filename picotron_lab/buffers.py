@@ -6,7 +6,7 @@ Idea    torch.distributed trusts its caller: a scalar, a gradient that stops flo
 Rules   Every error is a CommError that says what was given, what is needed and what to give
         instead.
 Own     What a world allocates for itself is not memory of a rank's program: it does so `unmetered`.
-Tests   tests/test_comm.py, tests/test_memory.py
+Tests   tests/test_comm.py, tests/test_meter.py
 """
 
 from collections.abc import Sequence

@@ -37,7 +37,7 @@ from picotron_lab import (
     vocab_parallel,
     zero,
 )  # fmt: skip
-from picotron_lab.checks import layers_of, slices_of
+from picotron_lab.checks import layers_of, schedule_of, slices_of
 from picotron_lab.comm import Axis
 from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig
 from picotron_lab.fused import fuse
@@ -117,7 +117,7 @@ def synchronisers(
     return found
 
 
-def token_slices(
+def choose_slices(
     model_cfg: ModelConfig,
     mesh_cfg: MeshConfig,
     cfg: TrainConfig,
@@ -126,7 +126,7 @@ def token_slices(
 ) -> tuple[int, ...]:
     """Tokens of the slices into which every sequence is cut; one slice: not at all.
 
-    auto: rank 0 times slices on one layer; all take those that are best by its times.
+    auto: rank 0 times slices on one layer; all take those that the schedule runs fastest.
     """
     lengths = slices_of(mesh_cfg, cfg)
     if lengths is not None:
@@ -140,8 +140,7 @@ def token_slices(
         seconds[:] = torch.tensor([s for *_, s in token_times.measure(layer, T, device, multiple)])
     seconds = mesh.world.broadcast(seconds, 0).tolist()
     times = token_times.fit([(*place, s) for place, s in zip(where, seconds, strict=True)])
-    microbatches = cfg.micro_batches(mesh.dp.size)
-    return token_times.choose(times, T, mesh.pp.size, multiple, microbatches)
+    return token_times.choose_under(partial(schedule_of, mesh_cfg, cfg), times, T, multiple)
 
 
 def executor(

@@ -215,7 +215,8 @@ PIPELINES = (
     (4, 1, 2, 1), (4, 1, 1, 2), (2, 4, 1, 1), (2, 1, 4, 1), (2, 1, 1, 4),
 )  # fmt: skip
 WHOLE = ("zb-auto", *(name for name in NAMES if "vocab" in name or "interlaced" in name))
-SCHEDULES = tuple(sorted(set(NAMES) - {"auto"}))  # auto is slow
+SLICED = {"1f1b": "seq1f1b", "afab": "terapipe"}  # the same for whole sequences
+SCHEDULES = tuple(sorted(set(NAMES) - {"auto", *SLICED.values()}))  # auto is slow
 
 
 def sample(count: int, shapes: tuple = SHAPES, seed: int = 144) -> list[Case]:
@@ -224,8 +225,20 @@ def sample(count: int, shapes: tuple = SHAPES, seed: int = 144) -> list[Case]:
     With this seed the first dozen, which the tests run, hold every stage, kind and algorithm; and
     the first dozen of PIPELINES every axis.
     """
-    dice = random.Random(seed)
-    return [_draw(dice, dice.choice(shapes)) for _ in range(count)]
+    dice, more = random.Random(seed), random.Random(seed + 1)
+    return [_draw_slices(more, _draw(dice, dice.choice(shapes))) for _ in range(count)]
+
+
+def _draw_slices(dice: random.Random, case: Case) -> Case:
+    """The same, with sequences cut into slices, where that is possible."""
+    mesh, model, slices = case.mesh, case.model, dice.choice(["1", "2", "3"])
+    whole = mesh.cp > 1 or model.balance_loss or model.capacity_factor or mesh.schedule in WHOLE
+    if mesh.pp == 1 or slices == "1" or whole:
+        return case
+    schedule = SLICED.get(mesh.schedule, mesh.schedule)
+    mesh = dataclasses.replace(mesh, schedule=schedule, token_slices=slices)
+    what = f"{case.technique.replace(case.mesh.schedule, schedule, 1)}, slices {slices}"
+    return dataclasses.replace(case, technique=what, mesh=mesh)
 
 
 def _draw(dice: random.Random, shape: tuple[int, int, int, int]) -> Case:
@@ -252,9 +265,7 @@ def _draw(dice: random.Random, shape: tuple[int, int, int, int]) -> Case:
     if pp > 1:
         changes["micro_batch_size"] = 1
         fitting = [name for name in SCHEDULES if _fits(name, pp, 12 // dp, tp)]
-        name, slices = dice.choice(fitting), dice.choice(["1", "2", "3"])
-        whole = cp > 1 or model.balance_loss or model.capacity_factor or name in WHOLE
-        mesh = dataclasses.replace(mesh, schedule=name, token_slices="1" if whole else slices)
+        mesh = dataclasses.replace(mesh, schedule=dice.choice(fitting))
     what = [f"kv {model.kv_heads}", changes["impl"]]
     what += [f"{model.experts} experts"] * (model.experts > 0) + ["tied"] * model.tied
     what += ["dropout"] * (changes["dropout"] > 0)
@@ -296,7 +307,6 @@ def _kinds(model: ModelConfig, cp: int, tp: int) -> list[str]:
 def describe(mesh: MeshConfig, recompute: str) -> str:
     """A mesh in a few words: 'dp2 zero3 tp2 sp vocab-2 recompute-full'."""
     words = [f"pp{mesh.pp} {mesh.schedule}"] * (mesh.pp > 1)
-    words += [f"slices {mesh.token_slices}"] * (mesh.token_slices != "1")
     words += [f"dp{mesh.dp}"] * (mesh.dp > 1) + [f"cp{mesh.cp} {mesh.cp_kind}"] * (mesh.cp > 1)
     words += [f"ep{mesh.ep}"] * (mesh.ep > 1) + [f"zero{mesh.zero}"] * (mesh.zero > 0)
     words += [f"tp{mesh.tp}"] * (mesh.tp > 1) + ["sp"] * mesh.sequence_parallel

@@ -6,6 +6,7 @@ Tests   tests/test_config.py
 """
 
 import math
+from functools import lru_cache
 
 from picotron_lab import partition
 from picotron_lab.config import (
@@ -139,6 +140,7 @@ def _shares(kv_heads: int, tp: int) -> bool:
 # ---- pipelines
 
 
+@lru_cache(maxsize=4)  # one run asks for it many times
 def schedule_of(mesh: MeshConfig, cfg: TrainConfig, slices: int = 1) -> Schedule:
     """The schedule of one step; ConfigError where there is none for so many ranks and batches, or
     for that many slices of each sequence."""
@@ -228,6 +230,20 @@ def _check_pipeline(model: ModelConfig, mesh: MeshConfig, cfg: TrainConfig) -> N
 
 
 # ---- the command line
+
+SEVERAL_NODES = """
+several machines: start this on every node (NODES machines of 8 GPUs; HEAD is the first one's name)
+  torchrun --nnodes NODES --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HEAD:29500 \\
+      run.py --model llama3-8b --dp $((NODES * 8))
+
+the same as a SLURM job: save as job.sh, then sbatch job.sh
+  #!/bin/bash
+  #SBATCH --nodes 4 --ntasks-per-node 1 --gpus-per-node 8
+  HEAD=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1)
+  srun torchrun --nnodes $SLURM_NNODES --nproc-per-node 8 --rdzv-backend c10d \\
+      --rdzv-id $SLURM_JOB_ID --rdzv-endpoint $HEAD:29500 \\
+      run.py --dp 32 --save-dir runs/job --save-every 500 --resume
+"""
 
 
 def check_ranks(threads: int | None, launched: bool) -> None:

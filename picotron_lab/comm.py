@@ -3,8 +3,8 @@
 Idea    A parallel technique needs a handful of verbs (all_reduce, all_gather, send, ...) and one
         noun: the group of ranks it speaks to. That noun is an Axis. Code that takes an Axis runs
         unchanged in four worlds: threads of one process (lab.py), processes (here, with
-        processes.py or torchrun), nobody (a dry run), and alone (an axis of size 1, which sends
-        nothing).
+        processes.py or torchrun), nobody (nobody.py, a dry run), and alone (an axis of size 1,
+        which sends nothing).
 Rules   Results are new tensors; `out=` writes into yours instead. `wait=False` returns a Handle:
         leave input and out alone until `handle.wait()`, which gives the result. No gradient flows
         through.
@@ -13,7 +13,7 @@ Wire    payload S = bytes of the whole tensor the call is about; ledger.py says 
 torch   all_reduce, all_gather_into_tensor, reduce_scatter_tensor, all_to_all_single, broadcast,
         batch_isend_irecv, barrier: class Processes shows the torch.distributed call behind each
         verb. No other file of this project calls torch.distributed.
-Read    Axis -> Processes -> connect; then alone.py (handles; alone, nobody) and lab.py (threads)
+Read    Axis -> Processes -> connect; then alone.py (handles; alone), nobody.py and lab.py (threads)
 Tests   tests/test_comm.py, tests/test_processes.py, tests/test_clock.py
 """
 
@@ -30,7 +30,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from picotron_lab.alone import Alone, Done, Handle, Work
-from picotron_lab.alone import Nobody as Nobody  # the world of dry runs
 from picotron_lab.buffers import (
     check_counts,
     check_equal_shards,

@@ -139,7 +139,7 @@ class ChunkedHead(nn.Module):
     def forward(self, x_BTD: Tensor, labels_BT: Tensor | None = None) -> Tensor:
         if labels_BT is None:
             return F.linear(x_BTD, self.weight)
-        elements = CHUNK_ELEMENTS.get(x_BTD.device.type, CHUNK_ELEMENTS["cuda"])
+        elements = CHUNK_ELEMENTS["cuda" if x_BTD.is_cuda else "cpu"]
         chunk = max(1, elements // self.weight.shape[0])
         x_ND, labels_N = x_BTD.flatten(0, 1), labels_BT.flatten()
         learning = torch.is_grad_enabled()

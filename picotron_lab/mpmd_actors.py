@@ -12,18 +12,19 @@ Why     pipes, not torch.distributed.rpc: a pipe ends when its process does, so 
 Ends    A task that raises ends the step: the controller hears of it with its next question, and all
         actors stop. One that waits for a value is woken up. An actor whose controller has gone ends
 Not     for Windows: ProcessActors need a forkserver
-Read    Actors -> ThreadActors -> ProcessActors
-Tests   tests/test_mpmd.py, tests/test_mpmd_processes.py
+Read    Actors -> ThreadActors -> ProcessActors -> Packer -> Pipes -> _child
+Tests   tests/test_mpmd.py, tests/test_mpmd_processes.py, tests/test_mpmd_refused.py
 """
 
 import contextlib
+import io
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -52,35 +53,60 @@ class Actors:
 
     def tell(self, rank: int, command: str, *arguments: Any) -> None:
         """Give an actor a command, and do not wait for it."""
-        self._put(rank, command, arguments, False)
+        self._put(rank, self._packed((command, arguments, False)))
 
     def ask(self, command: str, arguments: Sequence[tuple]) -> list[Any]:
         """Give each actor the command with its arguments; wait for all answers.
 
         Raises  ActorError if anything that an actor was told has failed; then all actors stop
         """
-        for rank, given in enumerate(arguments):
-            self._put(rank, command, given, True)
+        commands = [self._packed((command, given, True)) for given in arguments]
+        with self.whole():
+            for rank, one in enumerate(commands):
+                self._put(rank, one)
+            return self._answers(len(commands))
+
+    def _answers(self, count: int) -> list[Any]:
+        """One of each actor."""
         answers: dict[int, Any] = {}
-        while len(answers) < len(arguments):
+        while len(answers) < count:
             rank, (well, result) = self._next()
             if not well:
                 self.failure = result
                 self.close()
                 raise ActorError(result)
             answers[rank] = result
-        return [answers[rank] for rank in range(len(arguments))]
+        return [answers[rank] for rank in range(count)]
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """What is done whole or not at all: if it is interrupted (Ctrl-C), all actors stop.
+
+        Else the next step would find half a step there, and take the answers to its questions.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if not self.failure:
+                self.failure = f"the controller was interrupted ({type(error).__name__})"
+                self.close()
+            raise
 
     def close(self) -> None:
         """Stop all actors; what they have not done stays undone."""
         raise NotImplementedError
 
-    def _put(self, rank: int, command: str, arguments: tuple, wanted: bool) -> None:
+    def _put(self, rank: int, packed: Any) -> None:
         if self.failure:
-            raise ActorError(f"the actors have stopped, because {self.failure}")
-        self._post(rank, (command, arguments, wanted))
+            why = self.failure.removesuffix(".")
+            raise ActorError(f"the actors have stopped, because {why}: start another Controller.")
+        self._post(rank, packed)
 
-    def _post(self, rank: int, command: Command) -> None:
+    def _packed(self, command: Command) -> Any:
+        """A command as it is sent. What cannot be sent is refused here, before anything is."""
+        return command
+
+    def _post(self, rank: int, packed: Any) -> None:
         raise NotImplementedError
 
     def _next(self) -> tuple[int, Answer]:
@@ -102,7 +128,7 @@ class ThreadActors(Actors):
     ):
         super().__init__(size)
         require(
-            devices is None or len(devices) == size,
+            devices is None or (isinstance(devices, list | tuple) and len(devices) == size),
             f"devices {devices} must name one device for each of {size} actors: give {size}, such "
             f"as {['cpu'] * size}.",
         )
@@ -111,16 +137,17 @@ class ThreadActors(Actors):
         self.commands = [queue.SimpleQueue() for _ in range(size)]
         self.threads = []
         for rank, device in enumerate(devices or ["cpu"] * size):
-            actor = Actor(rank, self.mail, torch.device(device))
+            actor = Actor(rank, self.mail, _device(device))
             self.threads.append(threading.Thread(target=self._main, args=(actor,), daemon=True))
-            self.threads[-1].start()
+        for thread in self.threads:
+            thread.start()
 
     def _main(self, actor: Actor) -> None:
         rank = actor.rank
         serve(actor, self.commands[rank].get, lambda answer: self.answers.put((rank, answer)))
 
-    def _post(self, rank: int, command: Command) -> None:
-        self.commands[rank].put(command)
+    def _post(self, rank: int, packed: Command) -> None:
+        self.commands[rank].put(packed)
 
     def _next(self) -> tuple[int, Answer]:
         return self.answers.get()
@@ -131,7 +158,18 @@ class ThreadActors(Actors):
         for commands in self.commands:
             commands.put(None)
         for thread in self.threads:
-            thread.join()
+            thread.join()  # a thread cannot be stopped in the middle of a task: it ends after it
+
+
+def _device(name: str | torch.device) -> torch.device:
+    """A device that this machine has."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ConfigError(
+            f"devices name {name!r}, which this machine does not have: give devices such as 'cpu' "
+            "or 'cuda:0'."
+        ) from error
 
 
 class ProcessActors(Actors):
@@ -161,16 +199,18 @@ class ProcessActors(Actors):
         for end in (*theirs, *(end for of in ends for end in of.values())):
             end.close()  # so that a pipe ends when its processes have
 
-    def _post(self, rank: int, command: Command) -> None:
+    def _packed(self, command: Command) -> bytes:
         try:
-            message = pickle.dumps(command)
+            return packed(command)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ConfigError(
                 f"{command[0]} was given what other processes cannot import ({error}): define it "
                 "at the top level of a .py file, or choose kind threads."
             ) from error
+
+    def _post(self, rank: int, packed: bytes) -> None:
         with contextlib.suppress(OSError):  # it has ended, and _next will say so
-            self.lines[rank].send_bytes(message)
+            self.lines[rank].send_bytes(packed)
 
     def _next(self) -> tuple[int, Answer]:
         ready = multiprocessing.connection.wait(self.lines)
@@ -182,7 +222,11 @@ class ProcessActors(Actors):
                 lost.append(rank)
         process = self.processes[lost[0]]
         process.join()
-        return lost[0], (False, f"actor {lost[0]} ended with exit code {process.exitcode}.")
+        why = f"actor {lost[0]} ended with exit code {process.exitcode}"
+        if process.exitcode == 1:
+            why += ", as it does if the script that starts it is not guarded: put what it does "
+            why += "under if __name__ == '__main__', or choose kind threads"
+        return lost[0], (False, why + ".")
 
     def close(self) -> None:
         self.failure = self.failure or "the controller was closed."
@@ -191,6 +235,35 @@ class ProcessActors(Actors):
             process.join()
         for line in self.lines:
             line.close()
+
+
+# ---- what goes through pipes
+
+
+class Packer(pickle.Pickler):
+    """Sends of a tensor that is a part of another only this part; and all strides as they are,
+    because tasks were recorded with them."""
+
+    def reducer_override(self, one: Any) -> Any:
+        """How to pickle it: for most, as is usual."""
+        if type(one) is not Tensor or one.untyped_storage().nbytes() <= one.nbytes:
+            return NotImplemented
+        once = one.detach()[tuple(slice(None if step else 1) for step in one.stride())]
+        elements = once.clone(memory_format=torch.contiguous_format)
+        return unpacked, (elements, one.shape, one.stride())
+
+
+def packed(message: Any) -> bytes:
+    """As bytes; pickle.loads is the way back."""
+    buffer = io.BytesIO()
+    Packer(buffer).dump(message)
+    return buffer.getvalue()
+
+
+def unpacked(elements: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
+    """A tensor of this shape and these strides; where one is 0, elements has one for all."""
+    once = torch.empty_strided(elements.shape, strides, dtype=elements.dtype)
+    return once.copy_(elements).expand(shape)
 
 
 class Pipes(Queues):
@@ -202,9 +275,13 @@ class Pipes(Queues):
 
     def send(self, source: int, to: int, value: Value, x: Tensor) -> None:
         try:
-            self.ends[to].send_bytes(pickle.dumps((value, x.contiguous())))
+            self.ends[to].send_bytes(packed((value, x)))
         except OSError as error:
             raise Stopped from error
+
+    def receive(self, source: int, to: int) -> tuple[Value, Tensor]:
+        """The next value; what the postman put there is bytes."""
+        return pickle.loads(super().receive(source, to))
 
 
 def _child(rank: int, line: Connection, ends: dict[int, Connection], threads: int) -> None:
@@ -214,7 +291,17 @@ def _child(rank: int, line: Connection, ends: dict[int, Connection], threads: in
     commands: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_postman, args=(rank, line, mail, commands), daemon=True).start()
     actor = Actor(rank, mail, torch.device("cpu"))
-    serve(actor, commands.get, lambda answer: line.send_bytes(pickle.dumps(answer)))
+    serve(actor, lambda: _command(commands.get()), lambda answer: line.send_bytes(packed(answer)))
+
+
+def _command(message: bytes) -> Command:
+    try:
+        return pickle.loads(message)
+    except (AttributeError, ImportError) as error:
+        raise ConfigError(
+            f"an actor cannot import what it was given ({error}): define it at the top level of a "
+            ".py file, and not under if __name__ == '__main__', or choose kind threads."
+        ) from error
 
 
 def _postman(rank: int, line: Connection, mail: Pipes, commands: queue.SimpleQueue) -> None:
@@ -233,8 +320,8 @@ def _postman(rank: int, line: Connection, mail: Pipes, commands: queue.SimpleQue
 
 
 def _message(end: Connection) -> Any:
-    """The next one; ENDED if nobody is at the other end any more."""
+    """The next one, as bytes; ENDED if nobody is at the other end any more."""
     try:
-        return pickle.loads(end.recv_bytes())
+        return end.recv_bytes()
     except (EOFError, OSError):
         return ENDED

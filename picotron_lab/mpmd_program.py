@@ -1,6 +1,7 @@
 """From tasks and a schedule to one list of instructions for every actor, with all transfers.
 
-Paper   JaxPP (2412.14374), section 4: placing, inferred communication, buffer lifetimes
+Paper   Xhebraj et al. 2024, "Scaling Deep Learning Training with MPMD Pipeline Parallelism"
+        (JaxPP, 2412.14374), section 4: placing, inferred communication, buffer lifetimes
 Idea    A schedule says which actor runs which task. A task's reads and makes then say what must
         travel. All tasks of a step are put in one order, that of a simulation; a transfer is put
         into it where its value has been made; each actor's list is what the order has for it.
@@ -12,7 +13,7 @@ Steps   Feed take a leaf of the batch from the controller    Run a task    Send,
 Sums    A weight that several stages use has a home, the first actor that uses it. Its gradient adds
         up on each of these actors by itself, and is sent home once, after the last micro-batch
 Read    Value, instructions -> timed -> Placing -> freed -> program -> Program
-Tests   tests/test_mpmd.py
+Tests   tests/test_mpmd_program.py, tests/test_mpmd.py
 """
 
 from collections import defaultdict
@@ -133,10 +134,10 @@ class Program:
 
     @cached_property
     def blocks(self) -> tuple[tuple[tuple[Instruction, ...], ...], ...]:
-        """Each actor's list, cut before every Recv that follows something else.
+        """Each actor's list in blocks. A block = Recvs, then work, up to the next Recv.
 
-        A block can be one dispatch: after its Recvs it waits for nobody. An actor has one block
-        more than Recvs at most, so there are no more dispatches than actors + transfers.
+        It can be one dispatch: after its Recvs it waits for nobody. An actor has one block more
+        than Recvs at most, so there are no more dispatches than actors + transfers.
         """
         return tuple(map(_cut, self.lists))
 
@@ -234,10 +235,11 @@ class Placing:
 
     def _homes(self) -> dict[str, int]:
         """Of each parameter the actor of the first stage that uses it; actor 0 if none does."""
-        homes = dict.fromkeys(self.body.parameters, 0)
-        for (_, stage), task in sorted(self.body.tasks.items(), key=lambda one: -one[0][1]):
-            homes |= dict.fromkeys(self.constants & {*task.reads}, self.schedule.rank_of(stage))
-        return homes
+        homes: dict[str, int] = {}
+        for (_, stage), task in sorted(self.body.tasks.items(), key=lambda one: one[0][1]):
+            for name in self.constants.intersection(task.reads):
+                homes.setdefault(name, self.schedule.rank_of(stage))
+        return {name: homes.get(name, 0) for name in self.body.parameters}
 
     def _run(self, actor: int, action: Action) -> list[Value]:
         """Instructions of one action; gives the values that it makes."""
@@ -358,16 +360,22 @@ def program(body: Body, schedule: Schedule, costs: Costs = Costs()) -> Program: 
     for value, readers in placing.readers.items():
         for actor in readers if value.microbatch == STEP else ():
             holds[actor].add(value.name)
-    placing.order = []
-    for name, home in placing.homes.items():
-        for actor in actors:
-            if name in holds[actor] and actor != home:
-                placing.move(Value(name), home, actor)
     sizes = _sizes(body, schedule.ranks)
     return Program(
-        schedule, order, tuple(placing.order), tuple(tuple(sorted(names)) for names in holds),
-        homes, tuple(peak(items, sizes) for items in project(order, schedule.ranks)), sizes,
+        schedule, order, publish(placing.homes, holds),
+        tuple(tuple(sorted(names)) for names in holds), homes,
+        tuple(peak(items, sizes) for items in project(order, schedule.ranks)), sizes,
     )  # fmt: skip
+
+
+def publish(homes: dict[str, int], holds: list[set[str]]) -> Order:
+    """Sends each parameter from its home to all others who hold it."""
+    found: list[tuple[int, Instruction]] = []
+    for name, home in homes.items():
+        for actor, names in enumerate(holds):
+            if name in names and actor != home:
+                found += [(home, Send(Value(name), actor)), (actor, Recv(Value(name), home))]
+    return tuple(found)
 
 
 def _sizes(body: Body, actors: int) -> dict[str, int]:

@@ -1,24 +1,16 @@
-"""Record one training step as a flat list of operators, each with the stage that it belongs to.
+"""Record one training step as a flat list of operators, with marks where its stages end.
 
 Paper   Xhebraj et al. 2024, "Scaling Deep Learning Training with MPMD Pipeline Parallelism"
         (JaxPP, 2412.14374)
 Idea    loss_fn and its backward run once, on tensors without memory. The list of operators
         (equations) has a marker wherever pipeline_yield was called, and one wherever a gradient
-        came back through it; the markers part it into segments. An equation of
-            forward   lies behind the last marker that it depends on; if it depends on none, where
-                      it is first used
-            backward  where the last marker led that its gradient came back through; what prepares
-                      something for it (a saved tensor, transposed), where it is first used
-        Two kinds lie nowhere, and each task that needs them has a copy, which is cheaper than to
-        send: what depends on parameters alone or on the batch alone, and views of all elements.
+        came back through it. mpmd_trace.py tells by these in which stage an equation lies.
 Not     possible: Python that branches on values, as one path is recorded; random numbers; shapes
         that depend on values (nonzero, masks as indices); changing parameters or batch in place
-Read    pipeline_yield -> Record -> record -> equations -> segments_of -> phases -> what is refused
+Read    pipeline_yield -> Record -> record -> equations -> what is refused
 Tests   tests/test_mpmd_record.py
 """
 
-import itertools
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,14 +43,26 @@ def pipeline_yield(*values: Tensor) -> Any:
     """Here a stage ends. Gives back what it is given, one tensor or a tuple; so does backward.
 
     What later stages use may go through it or past it (a skip connection).
+    Raises ConfigError if anything else than tensors is given.
     """
     require(bool(values), "pipeline_yield() is given nothing: give it the tensors that go on.")
+    others = [type(x).__name__ for x in values if not isinstance(x, Tensor)]
+    require(
+        not others,
+        f"pipeline_yield is given what is no tensor ({', '.join(others)}): give tensors one by "
+        "one, such as x, y = pipeline_yield(x, y), and leave out all else.",
+    )
     *marked, _ = stage_end([*values])
     return marked[0] if len(values) == 1 else tuple(marked)
 
 
 def _forward(values: list[Tensor]) -> list[Tensor]:
-    """Copies, and an empty tensor: a ticket, by which backward's marker finds this one."""
+    """Copies, and a ticket.
+
+    Forward's marker and backward's belong together, but the graph of equations does not say so:
+    a gradient that comes back is no function of what went on. So the marker of forward also gives
+    an empty tensor, the ticket, which that of backward takes.
+    """
     return [*(x.clone() for x in values), values[0].new_empty(0, dtype=torch.int64)]
 
 
@@ -94,23 +98,16 @@ BACKWARD = torch.ops.picotron_lab.stage_end_backward.default
 
 @dataclass(frozen=True)
 class Record:
-    """One step, equation by equation, without markers.
+    """One step, equation by equation, markers among them.
 
-    module      takes the parameters, then the leaves of the batch
-    phase       of each equation: "F" forward, "BW" backward, or "copied"
-    segment     of each equation, counted from 0
-    segments    how many there are: one more than yields
-    loss, grads equations: the loss; the gradient of each parameter, None if it has none
+    module      takes the parameters, then the leaves of the batch; see result for what it gives
+    yields      how many there are: as many markers of forward
     parameters, batch   names of the leaves
     specs       pytree structures of parameters and batch
     """
 
     module: GraphModule
-    phase: dict[Node, str]
-    segment: dict[Node, int]
-    segments: int
-    loss: Node
-    grads: tuple[Node | None, ...]
+    yields: int
     parameters: tuple[str, ...]
     batch: tuple[str, ...]
     specs: tuple[pytree.TreeSpec, pytree.TreeSpec]
@@ -139,34 +136,46 @@ def record(loss_fn: Callable[[Any, Any], Tensor], params: Any, batch: Any) -> Re
     check_yields(module.graph, watch.yields)
     for node in module.graph.nodes:
         check_equation(node)
-    segment = segments_of(module.graph)
-    erase_markers(module.graph)
-    phase, (loss, _, *grads) = phases(module.graph, len(names)), result(module.graph)
-    found = Record(
-        module, phase, segment, watch.yields + 1, loss, tuple(grads), names, batch_names,
-        (params_spec, batch_spec),
-    )  # fmt: skip
-    check_segments(found)
-    return found
+    return Record(module, watch.yields, names, batch_names, (params_spec, batch_spec))
 
 
 def leaves(what: str, tree: Any) -> tuple[list[Tensor], tuple[str, ...], pytree.TreeSpec]:
-    """The tensors of a pytree, and names that say where they are, such as params.layers.0."""
+    """The tensors of a pytree, and names that say where they are, such as params.layers.0.
+
+    what    "params", of which there must be some, and of floating point; else a name of a batch
+    Raises  ConfigError, which names the leaf that is none
+    """
     found, spec = pytree.tree_flatten_with_path(tree)
     names = tuple(".".join([what, *map(_key, path)]) for path, _ in found)
+    require(
+        bool(found) or what != "params",
+        "params are empty: give at least one tensor that is to be trained.",
+    )
     for name, (_, leaf) in zip(names, found, strict=True):
-        is_tensor = isinstance(leaf, Tensor)
-        given = f"a tensor of {leaf.dtype}" if is_tensor else repr(leaf)
-        require(
-            is_tensor and (what == "batch" or leaf.is_floating_point()),
-            f"{name} is {given}; leaves of batch must be tensors, those of params of floating "
-            f"point: {'put it into the batch' if is_tensor else 'make it a constant of loss_fn'}.",
-        )
+        check_leaf(name, leaf, what == "params")
     require(
         len({*names}) == len(names),
         f"Two leaves of {what} have one name ({', '.join(names)}): use keys without dots.",
     )
     return [leaf for _, leaf in found], names, spec
+
+
+def check_leaf(name: str, leaf: Any, trained: bool) -> None:
+    """Raise ConfigError unless it is a tensor, and of floating point if it is to be trained."""
+    require(
+        not isinstance(leaf, torch.nn.Module),
+        f"{name} is a module ({type(leaf).__name__}), and only tensors are taken: give "
+        "dict(module.named_parameters()) as params, and let loss_fn call "
+        "torch.func.functional_call(module, params, x).",
+    )
+    is_tensor = isinstance(leaf, Tensor)
+    given = f"a tensor of {leaf.dtype}" if is_tensor else repr(leaf)
+    mend = "put it into the batch" if is_tensor else "make it a tensor, or a constant of loss_fn"
+    require(
+        is_tensor and (leaf.is_floating_point() or not trained),
+        f"{name} is {given}; leaves of batch must be tensors, those of params of floating point: "
+        f"{mend}.",
+    )
 
 
 def _key(entry: Any) -> str:
@@ -186,8 +195,8 @@ class Watch(TorchDispatchMode):
         real = [[*x.shape] for x in given if not isinstance(x, FakeTensor)]
         require(
             not real or func is torch.ops.aten.lift_fresh.default,  # torch.tensor(...) has values
-            f"loss_fn uses tensors from outside, of shape {real}: give them in params if they are "
-            "trained, else in the batch.",
+            f"loss_fn uses tensors from outside, of shape {real}, such as buffers of a module: "
+            "give them in params if they are trained, else in the batch.",
         )
         return func(*args, **(kwargs or {}))
 
@@ -208,8 +217,24 @@ def equations(step: Callable, weights: list[Tensor], data: list[Tensor]) -> Grap
     for node in module.graph.nodes:
         if node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             node.replace_all_uses_with(node.args[0])
+    copy_known_gradients(module.graph)
     module.graph.eliminate_dead_code()
     return module
+
+
+def copy_known_gradients(graph: Graph) -> None:
+    """A gradient that is there before backward begins, as a weight may be, becomes a copy of it.
+
+    So it is backward that makes every gradient. Only an autograd.Function of a user gives such.
+    """
+    loss, seed, *grads = result(graph)
+    nodes, copies = [*graph.nodes], {}
+    early = {*nodes[: nodes.index(seed)]}
+    with graph.inserting_before(graph.output_node()):
+        for grad in (grad for grad in dict.fromkeys(grads) if grad in early):
+            copies[grad] = graph.call_function(torch.ops.aten.clone.default, (grad,))
+            copies[grad].meta["val"] = grad.meta["val"]
+    graph.output_node().args = ((loss, seed, tuple(copies.get(g, g) for g in grads)),)
 
 
 def is_in_place(node: Node) -> bool:
@@ -226,78 +251,6 @@ def result(graph: Graph) -> list[Node | None]:
 def calls(graph: Graph, target: Callable) -> list[Node]:
     """All equations with one operator, in their order."""
     return graph.find_nodes(op="call_function", target=target)
-
-
-# ---- where each equation lies
-
-
-def segments_of(graph: Graph) -> dict[Node, int]:
-    """The segment of each equation; that of a marker is where what it gives is used."""
-    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-    seed = nodes.index(result(graph)[1])
-    taken_in = {marker: k for k, marker in enumerate(calls(graph, FORWARD))}
-    given_in = {marker: k + 1 for marker, k in taken_in.items()}
-    last = len(taken_in)
-    for node in calls(graph, BACKWARD):
-        taken_in[node] = given_in[node] = taken_in[node.args[0].args[0]]
-    found = spread(nodes[:seed], given_in, max)
-    found |= spread(nodes[seed:], {nodes[seed]: last, **given_in}, min)
-    for i, node in reversed([*enumerate(nodes)]):
-        if node not in found:  # no marker decides: who uses it first
-            users = [u for u in node.users if u in found]
-            used_in = [taken_in.get(user, found[user]) for user in users]
-            found[node] = (min if i < seed else max)(used_in, default=last)
-    for node in nodes:
-        if node.target is operator.getitem:  # results of one equation stay together
-            found[node] = found[node.args[0]]
-    return found
-
-
-def spread(nodes: list[Node], known: dict[Node, int], choose: Callable) -> dict[Node, int]:
-    """Segments of the known nodes, and of those after them, which choose from their inputs'."""
-    found = {}
-    for node in nodes:
-        inputs = [found[i] for i in node.all_input_nodes if i in found]
-        if node in known or inputs:
-            found[node] = known[node] if node in known else choose(inputs)
-    return found
-
-
-def erase_markers(graph: Graph) -> None:
-    """Who uses what a marker gives uses what it took."""
-    for node in reversed(graph.nodes):
-        is_given = node.target is operator.getitem and node.args[0].target in (FORWARD, BACKWARD)
-        if is_given:
-            values, index = node.args[0].args[-1], node.args[1]
-            if index < len(values):  # else the ticket, which has no user any more
-                node.replace_all_uses_with(values[index])
-        if is_given or node.target in (FORWARD, BACKWARD):
-            graph.erase_node(node)
-
-
-def phases(graph: Graph, parameters: int) -> dict[Node, str]:
-    """Of each equation "F", "BW", which begins with the seed, or "copied"."""
-    loss, seed, *grads = result(graph)
-    needs, found, phase, leaf = {}, {}, "F", itertools.count()
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            needs[node] = {"params" if next(leaf) < parameters else "batch"}
-            continue
-        needs[node] = set().union(*(needs[i] for i in node.all_input_nodes))
-        if node is seed:
-            needs[node], phase = {"params", "batch"}, "BW"
-        free = len(needs[node]) < 2 or is_whole_view(node)
-        found[node] = "copied" if free and node not in (loss, *grads) else phase
-    del found[graph.output_node()]
-    return found
-
-
-def is_whole_view(node: Node) -> bool:
-    """Whether an equation shows all elements of a tensor in another shape, and moves none."""
-    value = node.meta.get("val")
-    if not getattr(node.target, "is_view", False) or not isinstance(value, Tensor):
-        return False
-    return value.numel() >= node.args[0].meta["val"].numel()
 
 
 # ---- what is refused
@@ -331,9 +284,15 @@ def check_yields(graph: Graph, called: int) -> None:
 def check_equation(node: Node) -> None:
     """Raise ConfigError if it does something else on another device, at another time or data."""
     require(
-        not is_in_place(node),
+        not is_in_place(node) and not keeps_statistics(node),
         f"loss_fn changes a parameter or a tensor of the batch in place ({node.target}), which "
-        "other tasks read: change its clone().",
+        "other tasks read: change its clone(), or call eval() of a BatchNorm, which changes its "
+        "buffers.",
+    )
+    require(
+        "mkldnn_rnn" not in str(node.target),
+        f"loss_fn calls an LSTM of oneDNN ({node.target}), which hides from recording what it "
+        "keeps for backward: call it inside of torch.backends.mkldnn.flags(enabled=False).",
     )
     require(
         not is_random(node),
@@ -345,8 +304,18 @@ def check_equation(node: Node) -> None:
     require(
         all(type(size) is int for size in sizes),
         f"loss_fn takes a number or a shape from values ({node.target}), and recording knows "
-        "shapes only: use what has a fixed shape, such as torch.where(condition, a, b).",
+        "shapes only: use what has a fixed shape, such as torch.where(condition, a, b), or "
+        "output_size of repeat_interleave.",
     )
+
+
+def keeps_statistics(node: Node) -> bool:
+    """Whether it is a batch norm that changes its running mean, of which its schema is silent."""
+    name = str(node.target)
+    if "batch_norm" not in name or "backward" in name or len(node.args) < 6:
+        return False
+    running_mean, training = node.args[3], node.args[5]
+    return running_mean is not None and bool(training)
 
 
 def is_random(node: Node) -> bool:
@@ -358,14 +327,3 @@ def is_random(node: Node) -> bool:
             default = node.kwargs.get("dropout_p", argument.default_value)
             return (node.args[i] if i < len(node.args) else default) != 0
     return True
-
-
-def check_segments(found: Record) -> None:
-    """Raise ConfigError if nothing is left for a stage to do."""
-    busy = {found.segment[node] for node, phase in found.phase.items() if phase == "F"}
-    for idle in sorted({*range(found.segments)} - busy):
-        where = "after" if idle == 0 else "before"
-        raise ConfigError(
-            f"Stage {idle} of {found.segments} has nothing to compute from both parameters and "
-            f"batch: leave out the pipeline_yield {where} it."
-        )

@@ -6,20 +6,21 @@ Idea    A schedule is data, so that users can write their own: a list of tasks f
         stages as there are actors, by the operations that were recorded, and of all schedules that
         schedules/auto.py tries the one with the shortest simulated step is taken.
 Read    choose -> resolve -> costs_of -> balanced
-Tests   tests/test_mpmd.py
+Tests   tests/test_mpmd_program.py
 """
 
 from collections.abc import Sequence
 
 from picotron_lab.config import ConfigError, require
 from picotron_lab.mpmd_trace import Body, merge
-from picotron_lab.schedules.actions import Action, Schedule, ScheduleError, parse, parts
+from picotron_lab.schedules.actions import Action, Pair, Schedule, ScheduleError, parse, parts
 from picotron_lab.schedules.costs import Costs, Options
 from picotron_lab.schedules.registry import ENTRIES, build
 from picotron_lab.schedules.validator import validate
 
+YOURS = "your schedule"  # the name of one that is given as lists
 LEAST = 1e-3  # of a mean stage: what a stage takes at least, so that it ends after it starts
-Lists = Sequence[Sequence[str | Action]]
+Lists = Sequence[Sequence[str | Action | Pair]]
 
 
 def choose(
@@ -62,7 +63,9 @@ def resolve(
         _check(schedule, actors, stages, microbatches)
         validate(schedule)
     except ScheduleError as error:
-        raise ConfigError(f"schedule: {error}") from error
+        sentence = str(error).removeprefix("schedule ")
+        colon = ":" if sentence == str(error) else ""
+        raise ConfigError(f"schedule{colon} {sentence}") from error
     return schedule
 
 
@@ -77,6 +80,7 @@ def _named(name: str, actors: int, stages: int, microbatches: int, costs: Costs)
 
 def _from_lists(lists: Lists) -> Schedule:
     """Each stage lives where the lists use it."""
+    _check_lists(lists)
     items = tuple(tuple(parse(x) if isinstance(x, str) else x for x in one) for one in lists)
     actions = [[action for item in one for action in parts(item)] for one in items]
     placement = tuple(tuple(sorted({action.stage for action in one})) for one in actions)
@@ -84,41 +88,62 @@ def _from_lists(lists: Lists) -> Schedule:
         any(placement), "schedule: the lists are empty: give one list of tasks for each actor, "
         'such as [["F0.0", "BW0.0"]] for one actor.'
     )  # fmt: skip
-    microbatches = 1 + max(action.microbatch for one in actions for action in one)
-    return Schedule("your schedule", items, placement, microbatches)
+    used = {action.microbatch: action for one in actions for action in one}
+    missing = next(i for i in range(len(used) + 1) if i not in used)
+    require(
+        max(used) < missing,
+        f"schedule: {used[max(used)]} is of micro-batch {max(used)}, and no task is of "
+        f"{missing}: number micro-batches from 0 without a gap, here 0 to {len(used) - 1}.",
+    )
+    return Schedule(YOURS, items, placement, len(used))
+
+
+def _check_lists(lists: Lists) -> None:
+    """A list of tasks for each actor, and a task a string or an Action."""
+    form = 'give a list for each actor, such as [["F0.0", "BW0.0"]] for one'
+    require(
+        isinstance(lists, Sequence),
+        f"schedule {lists!r} is no name, no Schedule and no list: give a name such as '1f1b', or "
+        f"{form}.",
+    )
+    for one in lists:
+        is_list = isinstance(one, Sequence) and not isinstance(one, str | Action)
+        require(is_list, f"schedule: {one!r} stands where an actor's list must be: {form}.")
+        wrong = [x for x in one if not isinstance(x, str | Action | Pair)]
+        require(not wrong, f"schedule: {wrong[:1]} holds no task: write it like 'F0.0'; {form}.")
 
 
 def _check(schedule: Schedule, actors: int, stages: int, microbatches: int) -> None:
     """What a schedule must share with the program and with the actors."""
-    name = schedule.name
+    name = YOURS if schedule.name == YOURS else f"schedule {schedule.name}"
     require(
         not schedule.replicated and not schedule.vocabulary and schedule.slices == 1,
-        f"schedule {name} keeps two copies of stages, splits the vocabulary or cuts sequences, "
+        f"{name} keeps two copies of stages, splits the vocabulary or cuts sequences, "
         "which tasks cut from a loss function do not know: choose one that runs F, BW, B and W of "
         "every stage on one actor, such as 1f1b or dualpipe-v.",
     )
     require(
         schedule.ranks == actors,
-        f"schedule {name} has lists for {schedule.ranks} actors, and there are {actors}: start "
+        f"{name} has lists for {schedule.ranks} actors, and there are {actors}: start "
         f"Controller(actors={schedule.ranks}), or give {actors} lists.",
     )
     placed = {stage for one in schedule.placement for stage in one}
     missing = sorted({*range(stages)} - placed)
     require(
         not missing,
-        f"schedule {name} runs stage {', '.join(map(str, missing))} on no actor, and the loss "
+        f"{name} runs stage {', '.join(map(str, missing))} on no actor, and the loss "
         f"function has {stages - 1} yields, so stages 0 to {stages - 1}: give every stage to an "
         f"actor, or take out yields until {len(placed)} stages are left.",
     )
     require(
         schedule.stages == stages,
-        f"schedule {name} has {schedule.stages} stages, and the loss function {stages - 1} yields, "
+        f"{name} has {schedule.stages} stages, and the loss function {stages - 1} yields, "
         f"so {stages}: call pipeline_yield {schedule.stages - 1} times, or change the number of "
         "actors.",
     )
     require(
         schedule.microbatches == microbatches,
-        f"schedule {name} has {schedule.microbatches} micro-batches, and {microbatches} were "
+        f"{name} has {schedule.microbatches} micro-batches, and {microbatches} were "
         f"given: give {schedule.microbatches}.",
     )
 

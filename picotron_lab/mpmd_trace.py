@@ -2,13 +2,25 @@
 
 Paper   Xhebraj et al. 2024, "Scaling Deep Learning Training with MPMD Pipeline Parallelism"
         (JaxPP, 2412.14374)
-Idea    A stage is one segment between two pipeline_yields, or several in a row. Its equations are
-        its tasks: forward F, and backward BW, whole or in two parts: B, what other stages wait
-        for, and W, all else. What one task makes and another reads has a name, and is sent if the
-        two run on two devices. Of a weight that several stages use, each stage keeps the sum of
-        its own part of the gradient; the sums meet once a step, not once a micro-batch (JaxPP's
-        loop commuting).
-Read    Task, Body -> trace, merge -> cut -> partial_sums -> Plan
+Idea    The markers of pipeline_yield part a recorded step into segments. An equation of
+            forward   lies behind the last marker that it depends on
+            backward  lies where the gradients that it needs have come back to
+            either    lies where it is first used, if it depends on no marker and no gradient
+        Two kinds lie nowhere; each task that needs them computes them again, which is cheaper than
+        to send: what depends on parameters alone or on the batch alone, and views of all elements.
+        Two yields, three segments; g is the gradient of what has the same number in forward:
+            x = pipeline_yield(x @ a)  mm            segment 0 | backward:
+            x = pipeline_yield(x @ b)  mm_1          segment 1 | g_2, dc = mm_1.t @ g_2   segment 2
+            loss = (x @ c).sum()       mm_2, sum     segment 2 | g_1 = g_2 @ c.t          segment 2
+                                                               | db = mm.t @ g_1          segment 1
+            c.t, mm.t, ...             recomputed              | g_0 = g_1 @ b.t          segment 1
+                                                               | da = batch.t @ g_0       segment 0
+Tasks   A stage is one segment, or several in a row. Its equations are its tasks: forward F, and
+        backward BW, whole or in two parts: B, what other stages wait for, and W, all else. What one
+        task makes and another reads has a name, and is sent if the two run on two devices. Of a
+        weight that several stages use, each stage keeps the sum of its own part of the gradient;
+        the sums meet once a step, not once a micro-batch (JaxPP's loop commuting).
+Read    Task, Body -> trace, merge -> segments_of -> phases -> cut -> partial_sums -> Plan
 Tests   tests/test_mpmd_trace.py
 """
 
@@ -25,12 +37,12 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-from picotron_lab.config import require
-from picotron_lab.mpmd_record import Record, record
+from picotron_lab.config import ConfigError, require
+from picotron_lab.mpmd_record import BACKWARD, FORWARD, Record, calls, record, result
 from picotron_lab.mpmd_record import pipeline_yield as pipeline_yield  # for who imports trace
 
 ADD = torch.ops.aten.add.Tensor
-Places = dict[Node, tuple[str, int]]  # of each equation: "F", "BW" or "copied", and its stage
+Places = dict[Node, tuple[str, int]]  # of each equation: "F", "BW" or "recomputed"; its stage
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class Body:
                 is its gradient; empty if the loss does not use it: its gradient is zero. A value
                 may serve two parameters and may be an expanded view: add to a copy of it
     bytes, shapes   of leaves and of all that tasks make
-    record      of what the tasks were cut; for merge
+    located     of what the tasks were cut; for merge
     """
 
     stages: int
@@ -75,7 +87,7 @@ class Body:
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
     params_spec: pytree.TreeSpec
     batch_spec: pytree.TreeSpec
-    record: Record
+    located: "Located"
 
 
 def trace(loss_fn: Callable[[Any, Any], Tensor], params: Any, batch: Any) -> Body:
@@ -85,7 +97,7 @@ def trace(loss_fn: Callable[[Any, Any], Tensor], params: Any, batch: Any) -> Bod
                     all params get a gradient
     Raises ConfigError for what cannot be cut, see mpmd_record.py.
     """
-    found = record(loss_fn, params, batch)
+    found = locate(record(loss_fn, params, batch))
     return cut(found, [1] * found.segments)
 
 
@@ -94,30 +106,158 @@ def merge(body: Body, counts: Sequence[int]) -> Body:
 
     So a loss function may yield after every layer, and another cut needs no other program.
     """
-    segments = body.record.segments
+    segments = body.located.segments
     require(
         sum(counts) == segments and min(counts) > 0,
         f"counts {[*counts]} for merge() must be 1 or more and add up to the {segments} stages "
         f"that trace() found; try {[segments]}.",
     )
-    return cut(body.record, counts)
+    return cut(body.located, counts)
+
+
+# ---- where each equation lies
+
+
+@dataclass(frozen=True)
+class Located:
+    """A recorded step without its markers, and where its equations lie.
+
+    phase       of each equation: "F" forward, "BW" backward, or "recomputed" wherever needed
+    segment     of each equation, counted from 0
+    segments    how many there are: one more than yields
+    loss, grads equations: the loss; the gradient of each parameter, None if it has none
+    record      the step as it was recorded
+    """
+
+    phase: dict[Node, str]
+    segment: dict[Node, int]
+    segments: int
+    loss: Node
+    grads: tuple[Node | None, ...]
+    record: Record
+
+
+def locate(record: Record) -> Located:
+    """Where the equations lie; takes the markers out. Raises ConfigError for a segment of none."""
+    graph = record.module.graph
+    segment = segments_of(graph)
+    erase_markers(graph)
+    loss, _, *grads = result(graph)
+    phase = phases(graph, len(record.parameters))
+    segments = record.yields + 1
+    check_segments({segment[node] for node, of in phase.items() if of == "F"}, segments)
+    return Located(phase, segment, segments, loss, tuple(grads), record)
+
+
+def segments_of(graph: Graph) -> dict[Node, int]:
+    """The segment of each equation; that of a marker is the one behind it.
+
+    max: of several values, forward needs the last to come. min: backward goes from the last segment
+    to the first, so there the last to come is the one with the smallest number.
+    """
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    seed = nodes.index(result(graph)[1])
+    before = {marker: k for k, marker in enumerate(calls(graph, FORWARD))}
+    after = {marker: k + 1 for marker, k in before.items()}
+    last = len(before)
+    for node in calls(graph, BACKWARD):
+        before[node] = after[node] = before[node.args[0].args[0]]
+    found = spread(nodes[:seed], after, max)
+    found |= spread(nodes[seed:], {nodes[seed]: last, **after}, min)
+    for i, node in reversed([*enumerate(nodes)]):
+        if node not in found:  # no marker decides: where it is needed first; backward begins at max
+            users = [u for u in node.users if u in found]
+            used_in = [before.get(user, found[user]) for user in users]
+            found[node] = (min if i < seed else max)(used_in, default=last)
+    for node in nodes:
+        if node.target is operator.getitem:  # results of one equation stay together
+            found[node] = found[node.args[0]]
+    return found
+
+
+def spread(nodes: list[Node], known: dict[Node, int], choose: Callable) -> dict[Node, int]:
+    """Segments of the known nodes, and of those after them, which choose from their inputs'."""
+    found = {}
+    for node in nodes:
+        inputs = [found[i] for i in node.all_input_nodes if i in found]
+        if node in known or inputs:
+            found[node] = known[node] if node in known else choose(inputs)
+    return found
+
+
+def erase_markers(graph: Graph) -> None:
+    """Who uses what a marker gives uses what it took."""
+    for node in reversed(graph.nodes):
+        is_given = node.target is operator.getitem and node.args[0].target in (FORWARD, BACKWARD)
+        if is_given:
+            values, index = node.args[0].args[-1], node.args[1]
+            if index < len(values):  # else the ticket, which has no user any more
+                node.replace_all_uses_with(values[index])
+        if is_given or node.target in (FORWARD, BACKWARD):
+            graph.erase_node(node)
+
+
+def phases(graph: Graph, parameters: int) -> dict[Node, str]:
+    """Of each equation "F", "BW" or "recomputed".
+
+    The seed, with which backward begins, is a constant. It counts as what needs params and batch,
+    or all that comes of it and of params alone would be recomputed, much of backward.
+    """
+    loss, seed, *grads = result(graph)
+    needs, found, phase, leaf = {}, {}, "F", itertools.count()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            needs[node] = {"params" if next(leaf) < parameters else "batch"}
+            continue
+        needs[node] = set().union(*(needs[i] for i in node.all_input_nodes))
+        if node is seed:
+            needs[node], phase = {"params", "batch"}, "BW"
+        free = len(needs[node]) < 2 or is_whole_view(node)
+        found[node] = "recomputed" if free and node not in (loss, *grads) else phase
+    del found[graph.output_node()]
+    return found
+
+
+def is_whole_view(node: Node) -> bool:
+    """Whether an equation shows all elements of a tensor in another shape, and moves none."""
+    value = node.meta.get("val")
+    if not getattr(node.target, "is_view", False) or not isinstance(value, Tensor):
+        return False
+    return value.numel() >= node.args[0].meta["val"].numel()
+
+
+def check_segments(busy: set[int], segments: int) -> None:
+    """Raise ConfigError if nothing is left for a stage to do."""
+    require(
+        bool(busy) or segments > 1,
+        "The loss is itself a leaf of params, so that there is nothing to compute: compute it from "
+        "params and batch, such as (params * batch).sum().",
+    )
+    for idle in sorted({*range(segments)} - busy):
+        where = "after" if idle == 0 else "before"
+        raise ConfigError(
+            f"Stage {idle} of {segments} has nothing to compute from both parameters and batch: "
+            f"leave out the pipeline_yield {where} it."
+        )
 
 
 # ---- from equations to tasks
 
 
-def cut(found: Record, counts: Sequence[int]) -> Body:
+def cut(found: Located, counts: Sequence[int]) -> Body:
     """Tasks of stages of counts[s] segments each."""
     stage_of = [stage for stage, count in enumerate(counts) for _ in range(count)]
     graph, new = Graph(), {}
-    graph.graph_copy(found.module.graph, new)
+    graph.graph_copy(found.record.module.graph, new)
     places = {new[n]: (phase, stage_of[found.segment[n]]) for n, phase in found.phase.items()}
-    parts = [partial_sums(graph, new.get(grad), places) for grad in found.grads]
+    after = itertools.dropwhile(lambda node: places[node][0] != "BW", places)  # from the seed on
+    backward = {*after}
+    parts = [partial_sums(graph, new.get(grad), places, backward) for grad in found.grads]
     outputs = {new[found.loss], *itertools.chain(*parts)}
     drop_unused(graph, outputs, places)
-    names = found.parameters + found.batch
+    names = found.record.parameters + found.record.batch
     leaves = dict(zip(graph.find_nodes(op="placeholder"), names, strict=True))
-    tasks = Plan(found.module, places, leaves, outputs).tasks(len(counts))
+    tasks = Plan(found.record.module, places, leaves, outputs).tasks(len(counts))
     made = {name for task in tasks.values() for name in task.makes}
     known = [node for node in graph.nodes if node in leaves or node.name in made]
     values = {leaves.get(node, node.name): node.meta["val"] for node in known}
@@ -125,22 +265,27 @@ def cut(found: Record, counts: Sequence[int]) -> Body:
     return Body(
         stages=len(counts),
         tasks=tasks,
-        parameters=found.parameters,
-        batch=found.batch,
+        parameters=found.record.parameters,
+        batch=found.record.batch,
         loss=new[found.loss].name,
-        gradients=dict(zip(found.parameters, gradients, strict=True)),
+        gradients=dict(zip(found.record.parameters, gradients, strict=True)),
         bytes={name: x.numel() * x.element_size() for name, x in values.items()},
         shapes={name: (tuple(x.shape), x.dtype) for name, x in values.items()},
-        params_spec=found.specs[0],
-        batch_spec=found.specs[1],
-        record=found,
+        params_spec=found.record.specs[0],
+        batch_spec=found.record.specs[1],
+        located=found,
     )
 
 
-def partial_sums(graph: Graph, grad: Node | None, places: Places) -> list[Node]:
-    """The parts of a gradient, one of each stage that has any."""
+def partial_sums(
+    graph: Graph, grad: Node | None, places: Places, backward: set[Node]
+) -> list[Node]:
+    """The parts of a gradient, one of each stage that has any.
+
+    w1 + w2 + w3 of stages 2, 0 and 2 becomes w1 + w3 of stage 2, and w2 of stage 0.
+    """
     sums: dict[int, Node] = {}
-    for term in terms(grad, places) if grad else ():
+    for term in terms(grad, places, backward) if grad else ():
         stage = places[term][1]
         if stage in sums:
             total = graph.call_function(ADD, (sums[stage], term))
@@ -149,12 +294,15 @@ def partial_sums(graph: Graph, grad: Node | None, places: Places) -> list[Node]:
     return [*sums.values()]
 
 
-def terms(node: Node, places: Places) -> list[Node]:
-    """What a gradient adds up, as far down as its sums join stages."""
+def terms(node: Node, places: Places, backward: set[Node]) -> list[Node]:
+    """What a gradient adds up, as far down as its sums join stages.
+
+    (w1 + w2) + w3 of stages 2, 0 and 2 are three terms; were all of stage 2, it is one.
+    """
     inputs = node.args if node.target is ADD and len(node.args) == 2 and not node.kwargs else ()
-    if not inputs or not all(i in places and alike(i, node) for i in inputs):
+    if not inputs or not all(i in backward and alike(i, node) for i in inputs):
         return [node]
-    found = [term for i in inputs for term in terms(i, places)]
+    found = [term for i in inputs for term in terms(i, places, backward)]
     return found if len({places[term][1] for term in found}) > 1 else [node]
 
 
@@ -199,11 +347,11 @@ class Plan:
         return found
 
     def needs(self, nodes: Iterable[Node]) -> tuple[list[Node], list[Node]]:
-        """What these equations read, and they themselves with all that is copied for them."""
+        """What these equations read, and they themselves with all that is recomputed for them."""
         reads, equations, waiting = set(), {*nodes}, [*nodes]
         while waiting:
             for i in waiting.pop().all_input_nodes:
-                if i in self.leaves or self.places[i][0] != "copied":
+                if i in self.leaves or self.places[i][0] != "recomputed":
                     reads.add(i)
                 elif i not in equations:
                     equations.add(i)
@@ -219,6 +367,7 @@ class Plan:
             if node not in leading:
                 leading.add(node)
                 waiting += own.intersection(self.needs([node])[0])
+        # an equation of several results goes with all of them: a tuple of tensors is no value
         leading |= {n for n in nodes if n.target is operator.getitem and n.args[0] in leading}
         return [n for n in nodes if n in leading], [n for n in nodes if n not in leading]
 

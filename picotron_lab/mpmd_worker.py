@@ -119,11 +119,12 @@ class Share:
     def keep(self, value: Value, x: Tensor) -> None:
         """Hold a value, and see how many are held."""
         self.values[value] = x
-        if value.microbatch != STEP:
-            self.live += 1
-            self.live_bytes += x.nbytes
-            most, bytes_ = self.peak
-            self.peak = Peak(max(most, self.live), max(bytes_, self.live_bytes))
+        if value.microbatch == STEP:
+            return
+        self.live += 1
+        self.live_bytes += x.nbytes
+        values, size = max(self.peak.values, self.live), max(self.peak.bytes, self.live_bytes)
+        self.peak = Peak(values, size)
 
     def free(self, value: Value) -> None:
         """Let a value go."""
@@ -170,6 +171,7 @@ class Actor:
 
     def fetch(self, number: int, values: Sequence[Value]) -> Leaves:
         """Copies of values."""
+        self.doing = "fetching results"
         held = self.shares[number].values
         return {value: held[value].clone() for value in values if value in held}
 
@@ -200,14 +202,22 @@ class Actor:
                 share.free(value)
         elif isinstance(item, Add):
             self.doing = f"adding up {item.total}"
-            x, total = share.values[item.value], share.values.get(item.total)
-            share.values[item.total] = x if item.first else total + x  # x may be somebody else's
+            self._add(share, item)
         elif isinstance(item, Send):
             self._send(share, item)
         elif isinstance(item, Recv):
             self._receive(share, item)
         elif isinstance(item, Feed):
             share.keep(item.value, leaves[item.value].to(self.device))
+
+    def _add(self, share: Share, item: Add) -> None:
+        """The sum is this actor's own from the start: its first value may be, or lie in the memory
+        of, another gradient or a value that another actor holds, and updates work in place."""
+        x = share.values[item.value]
+        if item.first:
+            share.values[item.total] = x.clone()
+        else:
+            share.values[item.total] += x
 
     def _send(self, share: Share, item: Send) -> None:
         self.doing = f"sending {item.value}"
@@ -239,15 +249,21 @@ def serve(
 ) -> None:
     """Do what commands say until there is None; after a failure only wait for that."""
     running = True
-    while (command := take()) is not None:
-        name, arguments, wanted = command
+    while True:
+        actor.doing = "taking a command"
         try:
+            command = take()
+            if command is None:
+                return
+            name, arguments, wanted = command
             result = getattr(actor, name)(*arguments) if running else None
         except Stopped:
             running = False
-        except Exception as error:  # of any kind: tasks and updates are the user's
-            running = False
+        except BaseException as error:  # tasks and updates are the user's, and may call sys.exit
             why = f"{type(error).__name__}: {error}"
-            answer((False, f"{actor.doing} on actor {actor.rank} failed: {why}"))
-        if running and wanted:
-            answer((True, result))
+            if running:
+                answer((False, f"{actor.doing} on actor {actor.rank} failed: {why}"))
+            running = False
+        else:
+            if running and wanted:
+                answer((True, result))

@@ -134,7 +134,7 @@ def token_slices(text: str, T: int, multiple: int = 1) -> tuple[int, ...]:
     most = T // multiple
     works = f"try --token-slices {min(2, most)}."
     require(
-        re.fullmatch("[0-9]+(,[0-9]+)*", text) is not None,
+        re.fullmatch("(0|[1-9][0-9]{0,8})(,(0|[1-9][0-9]{0,8}))*", text) is not None,
         f"--token-slices {text} must be the number of slices, or their lengths with commas between "
         f"them; {works}",
     )

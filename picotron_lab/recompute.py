@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from picotron_lab import sharding
 from picotron_lab.analysis import cost
 from picotron_lab.analysis.activations import Setting, layer_bytes, model_bytes
-from picotron_lab.analysis.memory import Meter
+from picotron_lab.analysis.meter import Meter
 from picotron_lab.config import RECOMPUTE, ConfigError, ModelConfig
 from picotron_lab.dropout import Where
 from picotron_lab.model import AttentionCore, Llama, initial_value

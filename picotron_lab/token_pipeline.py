@@ -8,8 +8,8 @@ Idea    A token sees only tokens before it. So a stage may begin with the first 
         queries need keys and values of all slices before it. Every stage has computed these
         itself: it keeps them, layer by layer, and nothing new is sent.
         Backward goes from the last slice to the first. Slice k finds gradients for its own keys and
-        for all earlier ones. Those of the earlier ones are added up until their slice has its turn;
-        its own are complete with what later slices have left for it, and flow on.
+        for all earlier ones. Its own, and what later slices left for them, are complete: autograd
+        carries them on. Those of earlier keys are added to what is left for their slices.
         The usual mistakes: positions that start at 0 in every slice; keys that are constants for
         later slices, so that a slice learns nothing from its future; keys that keep the graphs
         they came from, so that the last slice's backward runs through all; gradients of keys
@@ -17,9 +17,10 @@ Idea    A token sees only tokens before it. So a stage may begin with the first 
 Slices  Later ones see more keys, so equal times need earlier ones longer: schedules/slicing.py. One
         of n slices costs more than 1/n: thin matmuls
 Before  a stage works on [B, T] tokens at a time, and waits for as many
-After   a stage works on [B, l_k]. Of a micro-batch under way a layer keeps keys and values of the
-        slices that were forward and not backward, and from the first backward on the gradients of
-        those that were not backward. Never T*T scores: of a slice at most l_k (l_1 + ... + l_k)
+After   a stage works on [B, l_k]. Of a micro-batch under way a layer keeps keys and values, and
+        from the first backward on their gradients: plain of the slices that were forward and not
+        backward, fused of all T, until the first slice's backward. Never T*T scores: of a slice at
+        most l_k (l_1 + ... + l_k)
 Wire    per micro-batch and border of stages N D forward, N D back, as without slices, in n messages
         each way instead of one. Keys and values stay where they are
 Axes    none: a stage keeps keys and values of its own layers, with tensor parallelism of its heads
@@ -56,8 +57,8 @@ def parallelize(model: Llama, impl: str) -> None:
     """Let every layer of a model also take slices of sequences, in order.
 
     impl     "plain" | "fused"
-    When     after tensor and sequence parallelism, before ZeRO-3, recomputation, and the cut into
-             stages. Selective recomputation finds nothing to do for slices: no scores are kept.
+    When     after tensor and sequence parallelism, before recomputation and the cut into stages.
+             Selective recomputation finds nothing to do for slices: no scores are kept.
     """
     for i, layer in enumerate(model.layers):
         cores = []
@@ -73,8 +74,8 @@ def parallelize(model: Llama, impl: str) -> None:
 
 
 class SlicedLayer(nn.Module):
-    """A layer that tells its attention which slice it is called for: at every call, so that it may
-    be called again in backward."""
+    """A layer that tells its attention which slice it is called for: layers give `where` on to no
+    core. Recomputation calls this module again, which then tells the same."""
 
     def __init__(self, layer: nn.Module, cores: list["SliceCore"]):
         super().__init__()
@@ -328,10 +329,12 @@ def main() -> None:
     for lengths in ((24,), (10, 8, 6)):
         said = contract(lengths, B, cfg.kv_heads, cfg.head_width, cfg.hidden_size, 8)
         for impl in CORES:
-            seen = run_ranks(_demo, 2, impl, lengths, B)[0]
+            first, last = run_ranks(_demo, 2, impl, lengths, B)
+            seen = first | {name: first[name] + last[name] for name in ("messages", "bytes")}
+            error = max(first["error"], last["error"])
             for formula, (name, predicted) in zip(FORMULAS, said.items(), strict=True):
                 print(row(impl, "+".join(map(str, lengths)), name, formula, predicted, seen[name]))
-            print(f"largest error of a gradient, beside the whole sequence: {seen['error']:.0e}")
+            print(f"largest error of a gradient, beside the whole sequence: {error:.0e}")
 
 
 def _demo(axis: Axis, impl: str, lengths: tuple[int, ...], B: int) -> dict[str, float]:
@@ -362,7 +365,7 @@ def _demo(axis: Axis, impl: str, lengths: tuple[int, ...], B: int) -> dict[str, 
     calls = axis.ledger.select("send")
     return {
         "keys, values": keys, "gradients": sums, "pairs": counted.pairs,
-        "messages": 2 * len(calls), "bytes": 2 * axis.ledger.bytes("send"),
+        "messages": len(calls), "bytes": axis.ledger.bytes("send"),
         "error": max((p.grad - truth[p.record.name]).abs().max() for p in stage.parameters()),
     }  # fmt: skip
 

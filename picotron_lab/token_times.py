@@ -3,15 +3,17 @@
 Paper   TeraPipe, Li et al. 2021, section 3.3 (2102.07988)
 Idea    The best slices (schedules/slicing.py) need the time of every slice after every context,
         T^2 / 2 of them. A few are measured, the rest follow from
-            t(l, c) = t(l, 0) + a0 + a1 l + a2 c + a3 l c
+            t(l, c) = t(l, 0) + a0 + a1 l + a2 c + a3 l c    for c > 0
         where t(l, 0) is piecewise linear between measured lengths, since thin slices take as long
         as less thin ones, and the a are a least-squares fit: attention is l c operations, reading
         keys and values c, and the rest is small. Least are the squares of relative errors, for
         slices may come out thin or thick.
-Mind    Slices depend on ratios of times only, so one layer stands for a stage of equal layers.
-        Embedding and head are left out, as if they did not make their stages longer.
+Mind    Slices depend on ratios of times only, so one layer stands for a stage of equal layers: a
+        whole layer on one rank, without tensor parallelism, recomputation and dropout, on equal
+        tokens, which experts share unevenly. Embedding and head are left out, as if they did not
+        make their stages longer. Measured anew in every run, so slices may differ from run to run.
 Dims    B micro-batch  T sequence  D width
-Read    of_layer -> measure -> Fit -> choose
+Read    of_layer -> measure -> Fit -> choose -> choose_under
 Tests   tests/test_token_times.py
 """
 
@@ -20,6 +22,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -28,6 +31,9 @@ from picotron_lab.config import ModelConfig, require
 from picotron_lab.dropout import Where
 from picotron_lab.fused import fuse
 from picotron_lab.model import Llama, initial_value, rotary_angles
+from picotron_lab.schedules.actions import Schedule
+from picotron_lab.schedules.costs import Costs
+from picotron_lab.schedules.simulate import simulate
 from picotron_lab.schedules.slicing import best_slices
 from picotron_lab.token_slices import cut
 
@@ -133,7 +139,7 @@ class Fit:
     """t(l, c): seconds of a slice of l tokens after c others; call it.
 
     alone    measured (l, t(l, 0)), ascending: linear between them; shorter slices take as long as
-             the shortest, longer ones go on like the last two
+             the shortest, longer ones go on like the last two (one: as long as it)
     context  a0, a1, a2, a3: what c > 0 tokens add, a0 + a1 l + a2 c + a3 l c, if that is above 0
     worst    largest relative error at a point that it was made from
     """
@@ -202,7 +208,7 @@ def choose(
     multiple: int = 1,
     sequences: int = 1,
 ) -> tuple[int, ...]:
-    """The slices for --token-slices auto: those with the least latency, exact but for the grain.
+    """The slices with the least latency in TeraPipe's order, exact but for the grain.
 
     times      seconds of l tokens after c others, forward and backward, on a stage or a layer
     multiple   all slices are multiples of it: the ranks of sequence parallelism
@@ -212,6 +218,32 @@ def choose(
     _check_multiple(length, multiple)
     grain = multiple * max(1, round(length / multiple / PIECES))
     return best_slices(length, stages, times, grain, 0.0, sequences)[0]
+
+
+def choose_under(
+    schedule_of: Callable[[int], Schedule],
+    times: Callable[[int, int], float],
+    length: int,
+    multiple: int = 1,
+) -> tuple[int, ...]:
+    """The slices for --token-slices auto: those whose step a schedule ends first, as simulated.
+
+    schedule_of   number of slices -> the schedule of a step
+    Tried are one slice, and what `choose` says for 1, 2, 4, ... stages up to 4 times the ranks: the
+    deeper a pipeline, the finer its best slices. A schedule may fill otherwise than TeraPipe's, and
+    then want coarser or finer ones than those for its own number of stages.
+    """
+    whole = schedule_of(1)
+    depths = (2**k for k in range(whole.ranks.bit_length() + 2))
+    tried = {choose(times, length, depth, multiple, whole.microbatches) for depth in depths}
+
+    def makespan(slices: tuple[int, ...]) -> float:
+        contexts = accumulate(slices, initial=0)
+        seconds = tuple(times(l, c) for l, c in zip(slices, contexts, strict=False))
+        costs = Costs(F=1 / 3, B=1 / 3, W=1 / 3, slices=seconds)  # of forward and backward together
+        return simulate(schedule_of(len(slices)), costs).makespan
+
+    return min(sorted({(length,), *tried}, key=len), key=makespan)
 
 
 def _check_multiple(length: int, multiple: int) -> None:

@@ -34,7 +34,7 @@ from picotron_lab import (
     state,
     token_slices,
 )  # fmt: skip
-from picotron_lab.analysis import cost, hardware, memory
+from picotron_lab.analysis import cost, hardware, meter
 from picotron_lab.checks import check_run, schedule_of
 from picotron_lab.comm import Axis
 from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig
@@ -51,10 +51,7 @@ class Trainer:
         check_run(model_cfg, mesh_cfg, cfg)
         self.cfg, self.mesh = cfg, mesh.build(world, mesh_cfg, model_cfg.kv_heads)
         self.microbatches = cfg.micro_batches(self.mesh.dp.size)
-        cuda = torch.cuda.is_available()
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-        )
+        self.device = self._find_device()
         self._open_data(model_cfg)
         check_run(self.model_cfg, mesh_cfg, cfg)  # the vocabulary is known now
         positions_T = build.positions(mesh_cfg, cfg, self.mesh)  # of this rank's tokens
@@ -63,7 +60,7 @@ class Trainer:
         self.model = build.build_model(
             self.model_cfg, mesh_cfg, cfg, self.mesh, schedule, self.device
         )
-        self.slices = build.token_slices(self.model_cfg, mesh_cfg, cfg, self.mesh, self.device)
+        self.slices = build.choose_slices(self.model_cfg, mesh_cfg, cfg, self.mesh, self.device)
         schedule = schedule_of(mesh_cfg, cfg, len(self.slices))
         validate(schedule)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -86,6 +83,10 @@ class Trainer:
             )
         self.routing: dict[str, float] = {}
         self.first_step = 0
+
+    def _find_device(self) -> torch.device:
+        cuda = torch.cuda.is_available()
+        return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
     def _open_data(self, model_cfg: ModelConfig) -> None:
         cfg = self.cfg
@@ -120,7 +121,7 @@ class Trainer:
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "mfu": self._mfu(tokens / seconds),
-            "peak_memory_bytes": memory.peak_memory_bytes(self.device),
+            "peak_memory_bytes": meter.peak_memory_bytes(self.device),
             "sent_bytes": ledger.bytes_by_axis(),
             **self.routing,
         }

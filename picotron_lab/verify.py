@@ -22,15 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from picotron_lab import optim
-from picotron_lab.analysis.memory import Meter
+from picotron_lab.analysis.dryrun import held
+from picotron_lab.analysis.meter import Meter
 from picotron_lab.cases import Case, cases
 from picotron_lab.comm import Axis
 from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig
 from picotron_lab.lab import run_ranks, unmetered
 from picotron_lab.ledger import wire_bytes
 from picotron_lab.trainer import Trainer
-from picotron_lab.zero_units import Sharded
 
 STEPS = 3
 LIMITS = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 0.1}
@@ -147,20 +146,6 @@ def _on_wire(trainer: Trainer) -> int:
     }
     calls = trainer.mesh.world.ledger.calls
     return round(sum(wire_bytes(call.op, call.bytes, sizes[call.axis]) for call in calls))
-
-
-def held(trainer: Trainer) -> dict[str, list[Tensor]]:
-    """What a rank keeps from step to step, by the categories of analysis/memory.py."""
-    parameters, sync = list(trainer.model.parameters()), trainer.synchroniser
-    moments = [tensor for _, tensor in optim.moments(trainer.optimizer)]
-    units = [m for m in trainer.model.modules() if isinstance(m, Sharded)]
-    buffers = [buffer for unit in units for buffer in unit.gatherer.buffers]
-    return {
-        "optimizer": [*trainer.masters.weights, *moments],
-        "buffer": [*buffers, *getattr(sync, "buffers", [])],
-        "parameter": parameters,  # also the weights that are their own masters
-        "gradient": [p.grad for p in (*parameters, *trainer.parameters)],
-    }
 
 
 def _step(trainer: Trainer, step: int, seen: dict[str, Any]) -> None:

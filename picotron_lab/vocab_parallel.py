@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from picotron_lab.analysis.memory import Meter
+from picotron_lab.analysis.meter import Meter
 from picotron_lab.comm import Axis
 from picotron_lab.config import ConfigError
 from picotron_lab.lab import run_ranks
@@ -340,7 +340,7 @@ CHUNK_ELEMENTS = {"cuda": 2**27, "cpu": 2**20}  # logits of a chunk; two chunks 
 
 def chunk_rows(shard: Shard, x_ND: Tensor) -> int:
     """Tokens per chunk, alike on all ranks. Up to D of them need less room than dW in float32."""
-    elements = CHUNK_ELEMENTS.get(x_ND.device.type, CHUNK_ELEMENTS["cuda"])
+    elements = CHUNK_ELEMENTS["cuda" if x_ND.is_cuda else "cpu"]
     return max(elements * shard.axis.size // shard.vocabulary, x_ND.shape[1])
 
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from picotron_lab import precision, sharding
-from picotron_lab.analysis.memory import Meter
+from picotron_lab.analysis.meter import Meter
 from picotron_lab.analysis.zero_state import Contract, Job, contract, formula, wire_formula
 from picotron_lab.comm import Axis
 from picotron_lab.config import ModelConfig

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from picotron_lab import optim, sequence_parallel, sharding, tensor_parallel, vocab_parallel
-from picotron_lab.analysis.memory import Meter
+from picotron_lab.analysis.meter import Meter
 from picotron_lab.config import ModelConfig
 from picotron_lab.dropout import Where
 from picotron_lab.fused import fuse

@@ -7,7 +7,7 @@ import torch
 from test_recompute import AGAIN, ALL, CFG, CONFIGS, batch, build
 
 from picotron_lab.analysis.activations import Setting, layer_bytes, model_bytes, rest_bytes
-from picotron_lab.analysis.memory import Meter
+from picotron_lab.analysis.meter import Meter
 from picotron_lab.config import ModelConfig
 
 # ---- measured

@@ -39,6 +39,7 @@ MESHES = {
 ALSO_TIED = ("zero1", "zero3", "tp", "zero2 tp sp", "zero3 tp sp")
 LONG = ("zero1 tp", "zero3 tp sp", "cp tp sp zero2", "ep cp zero1", "ep zero3")
 ALONE = Axis("world", [0], 0, Alone(), Ledger())
+SOME = ("zero3", "zero2 tp sp", "ep", "cp dp")
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in MESHES]
 
 
@@ -247,7 +248,9 @@ def uninterrupted(base):
     return {model_cfg: run_ranks(losses, 1, model_cfg)[0] for model_cfg in (MODEL, EXPERTS)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in SOME)) for n in MESHES]
+)
 def test_a_checkpoint_of_any_mesh_loads_into_any_other(base, uninterrupted, name, tmp_path):
     """Weights and moments arrive to the last bit; two more steps equal an uninterrupted run."""
     model_cfg, changes = models_for(name)[0], {**ADAMW, "save_dir": str(tmp_path)}

@@ -1,7 +1,6 @@
 """Time: the virtual clock of the lab, by hand; the machine's clock; and whether a call is done.
 
-All virtual times are sums of halves, quarters and whole numbers, so they must be equal to the last
-bit. The network of most tests sends 8 bytes per second, one number in float64, and takes 0.5 s.
+Virtual times are sums of quarters: equal to the last bit. SLOW sends a float64 number per second.
 """
 
 import math
@@ -12,10 +11,11 @@ import torch
 from comm_contract import SumForwardAndBack
 
 from picotron_lab.clock import Network
-from picotron_lab.comm import Axis, Nobody, connect
+from picotron_lab.comm import connect
 from picotron_lab.config import ConfigError
 from picotron_lab.lab import run_ranks
-from picotron_lab.ledger import CommError, Ledger
+from picotron_lab.ledger import CommError
+from picotron_lab.nobody import seat
 from picotron_lab.processes import run_processes
 
 SEEDS = [None, *range(8)]
@@ -327,10 +327,10 @@ def test_messages_on_their_way_are_not_done():
 
 
 def test_alone_and_nobody_are_done_at_once():
-    nobody = Axis("world", range(4), 1, Nobody(), Ledger())
+    x, nobody = numbers(2), seat(1, 4)
     with connect(timeout=60) as alone:
-        handles = [axis.all_reduce(numbers(2), wait=False) for axis in (alone, nobody)]
-    handles += [nobody.recv(numbers(2), 0, wait=False), nobody.exchange([], [], wait=False)]
+        handles = [axis.all_reduce(x, wait=False) for axis in (alone, nobody)]
+    handles += [nobody.recv(x, 0, wait=False), nobody.exchange([], [], wait=False)]
     assert [handle.done() for handle in handles] == [True] * 4
 
 

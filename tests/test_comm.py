@@ -10,10 +10,11 @@ from comm_contract import CHECKS, reduce_gradient, run_all, same
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from picotron_lab import mesh
-from picotron_lab.comm import Axis, Nobody, connect
+from picotron_lab.comm import Axis, connect
 from picotron_lab.config import MeshConfig
 from picotron_lab.lab import run_ranks
 from picotron_lab.ledger import CommError, Ledger, wire_bytes
+from picotron_lab.nobody import Nobody
 from picotron_lab.processes import run_processes
 
 # ---- the worlds

@@ -19,7 +19,7 @@ from context_programs import (
 
 from picotron_lab.analysis.activations import Setting, layer_bytes
 from picotron_lab.analysis.context import Layer, contract, imbalance, saved_bytes, visitors
-from picotron_lab.analysis.memory import Meter
+from picotron_lab.analysis.meter import Meter
 from picotron_lab.context_parallel import chunks, make_core, positions
 from picotron_lab.fused import SDPA
 from picotron_lab.lab import run_ranks

@@ -14,7 +14,7 @@ from test_recompute import ALL, CONFIGS, batch, build
 from picotron_lab import context_parallel, fused
 from picotron_lab.analysis import activations, fused_activations
 from picotron_lab.analysis.activations import Setting
-from picotron_lab.analysis.memory import Meter
+from picotron_lab.analysis.meter import Meter
 from picotron_lab.config import ModelConfig
 from picotron_lab.context_parallel import chunks, positions
 from picotron_lab.lab import run_ranks

@@ -11,7 +11,7 @@ from test_recompute import ALL, CONFIGS, batch, build
 from torch import nn
 
 from picotron_lab import deferred, recompute, sharding, zero
-from picotron_lab.analysis.memory import Meter
+from picotron_lab.analysis.meter import Meter
 from picotron_lab.lab import run_ranks
 from picotron_lab.model import MLP
 from picotron_lab.precision import accumulate_in

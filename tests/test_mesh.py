@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from picotron_lab import mesh
-from picotron_lab.comm import Axis, Nobody
+from picotron_lab.comm import Axis
 from picotron_lab.config import ConfigError, MeshConfig
 from picotron_lab.lab import run_ranks
 from picotron_lab.ledger import Ledger
+from picotron_lab.nobody import Nobody
 
 NAMES = {"pp", "dp", "cp", "tp", "ep", "replica", "expert_replica", "kv"}
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from picotron_lab import mpmd
-from picotron_lab.config import ConfigError
 from picotron_lab.mpmd import Controller, accumulate_grads, contract, pipeline_yield
 from picotron_lab.mpmd_actors import ActorError, ThreadActors
 from picotron_lab.mpmd_program import Send
@@ -357,37 +356,6 @@ def test_an_update_that_fails_is_named():
                 remote.apply(wrong_update)
 
     at_last(run)
-
-
-@pytest.mark.parametrize(
-    "options, sentence",
-    [
-        ({"actors": 0}, "actors 0 is too small: give 1 or more"),
-        ({"actors": 2, "kind": "rpc"}, "kind 'rpc' is unknown: choose threads or processes, both"),
-        ({"actors": 2, "impl": "quick"}, "impl 'quick' is unknown: choose plain or fused"),
-        ({"actors": 2, "devices": ["cpu"]}, "must name one device for each of 2 actors"),
-        ({"actors": 1, "kind": "processes", "devices": ["cpu"]}, "are for actors of kind threads"),
-    ],
-)
-def test_a_controller_that_cannot_be(options, sentence):
-    with pytest.raises(ConfigError, match=sentence):
-        Controller(**options)
-
-
-def test_batches_that_do_not_fit():
-    params, batches = example(three_layers, 2)
-    with Controller(3) as controller:
-        step = accumulate_grads(three_layers, "1f1b")
-        with pytest.raises(ConfigError, match="batches are empty: give a list of at least one"):
-            controller.compile(step, params, [])
-        remote = controller.compile(step, params, batches)
-        with pytest.raises(ConfigError, match="apply needs gradients: call remote"):
-            remote.apply(sgd)
-        with pytest.raises(ConfigError, match="3 batches do not fit a program compiled for 2"):
-            remote(batches + batches[:1])
-        with pytest.raises(ConfigError, match="batch 1 has shapes .* one shape, or compile again"):
-            remote([batches[0], batches[1][:2]])
-        check(remote(batches), by_torch(three_layers, params, batches))
 
 
 def test_main_shows_what_was_predicted(capsys):

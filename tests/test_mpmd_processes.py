@@ -5,15 +5,18 @@ What actors do is tested with threads in test_mpmd.py. Processes import this fil
 """
 
 import os
+import pickle
 import signal
+import sys
 import threading
+import types
 
 import pytest
 import torch
 
 from picotron_lab.config import ConfigError
 from picotron_lab.mpmd import Controller, Remote, accumulate_grads, pipeline_yield
-from picotron_lab.mpmd_actors import ActorError
+from picotron_lab.mpmd_actors import ActorError, packed
 from picotron_lab.mpmd_worker import Actor, Queues, serve
 
 PATIENCE = 90  # seconds after which a test that hangs is given up
@@ -109,11 +112,75 @@ def test_an_actor_that_is_killed_is_named(there: tuple[Remote, list]):
     assert fails(remote, batches) == "actor 2 ended with exit code -9."
 
 
-def test_a_function_that_others_cannot_import(there: tuple[Remote, list]):
+def test_a_function_that_others_cannot_import(there: tuple[Remote, list], monkeypatch):
+    """What cannot be pickled is refused before any actor is asked, so the next question is well.
+    What only the controller can import, an actor says."""
     remote, batches = there
     remote(batches)
     with pytest.raises(ConfigError, match="apply was given what other processes cannot import"):
         remote.apply(lambda params, grads: None)
+    with pytest.raises(ConfigError, match="report was given"):
+        remote.controller.actors.ask("report", [(1,), (1,), (lambda: 1,)])
+    assert [report.left for report in remote.reports()] == [()] * 3
+    only_here = types.ModuleType("only_here")
+    exec("def update(params, grads): pass", only_here.__dict__)
+    monkeypatch.setitem(sys.modules, "only_here", only_here)
+    sentence = fails(remote.apply, only_here.update)
+    assert sentence.startswith("taking a command on actor ") and "only_here" in sentence
+    assert "define it at the top level of a .py file" in sentence
+
+
+def test_an_actor_that_ends_as_unguarded_scripts_do(there: tuple[Remote, list]):
+    remote, batches = there
+    remote(batches)
+    assert "exit code 1, as it does if the script" in fails(remote.apply, end)
+
+
+def end(params, grads):
+    os._exit(1)
+
+
+# ---- what is sent
+
+
+def transposed(params, x):
+    """The second stage was recorded with a view, as what comes is transposed twice in all."""
+    x = pipeline_yield(torch.relu((x @ params["a"]).t()))
+    return (x.t().reshape(-1).view(4, WIDTH) @ params["a"]).square().sum()
+
+
+def test_values_keep_their_strides(there: tuple[Remote, list]):
+    controller = there[0].controller
+    params, x = {"a": example()[0]["a"]}, torch.ones(4, WIDTH, dtype=torch.float64)
+    step = accumulate_grads(transposed, [["F0.0", "BW0.0"], ["F1.0", "BW1.0"], []])
+    remote = controller.compile(step, params, [x])
+    leaf = params["a"].clone().requires_grad_()
+    expected = transposed({"a": leaf}, x)
+    expected.backward()
+    loss, grads = remote([x])
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(grads["a"], leaf.grad, rtol=1e-12, atol=0)
+
+
+LARGE = torch.arange(800_000.0).view(100_000, 8)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        LARGE[:4], LARGE[7:11, 2:4], LARGE[:5, 3], LARGE[::30_000].t(), LARGE[3, 3], LARGE[:0],
+        LARGE[0].expand(3, 8), LARGE[:3, :1].expand(3, 9), LARGE[0].unfold(0, 3, 1),
+        LARGE[:4].clone().t(), torch.nn.Parameter(LARGE[:4]),
+    ],
+)  # fmt: skip
+def test_only_the_part_is_sent_and_strides_are_kept(x):
+    message = packed({"x": x})
+    found = pickle.loads(message)["x"]
+    assert torch.equal(found, x) and found.stride() == x.stride() and found.dtype == x.dtype
+    assert len(message) < x.nbytes + 2000
+
+
+# ---- one command after the other
 
 
 def test_an_actor_that_has_failed_does_nothing_more():

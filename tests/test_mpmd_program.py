@@ -212,6 +212,13 @@ def test_lists_of_a_user():
         ([["BW0.0", "F0.0"]], 1, 1, 1, "BW0.0 comes before its own F"),
         ([["F0.0", "F1.0", "BW0.0", "BW1.0"]], 1, 2, 1, "comes to a deadlock"),
         ([["forward 0"]], 1, 1, 1, "'forward 0' is no action: write it like F2.3"),
+        (["F0.0", "BW0.0"], 1, 1, 1, "'F0.0' stands where an actor's list must be: give a"),
+        (None, 1, 1, 1, "None is no name, no Schedule and no list: give a name such as '1f1b'"),
+        (3, 1, 1, 1, "3 is no name, no Schedule and no list"),
+        ([[("F", 0)]], 1, 1, 1, "[('F', 0)] holds no task: write it like 'F0.0'"),
+        ([[0]], 1, 1, 1, "[0] holds no task: write it like 'F0.0'"),
+        ([["F0.99999999"]], 1, 1, 2, "is of micro-batch 99999999, and no task is of 0: number"),
+        ([["F0.0", "F0.2"]], 1, 1, 2, "F0.2 is of micro-batch 2, and no task is of 1: number"),
         ([[], []], 2, 1, 1, "the lists are empty: give one list of tasks for each actor"),
     ],
 )  # fmt: skip
@@ -219,6 +226,8 @@ def test_schedules_that_do_not_fit(wanted, actors, stages, m, sentence):
     with pytest.raises(ConfigError, match="schedule") as error:
         resolve(wanted, actors, stages, m)
     assert sentence in str(error.value)
+    assert "schedule: schedule" not in str(error.value)
+    assert "schedule your schedule" not in str(error.value)
 
 
 def test_auto_needs_as_many_stages_as_actors():

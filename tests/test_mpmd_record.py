@@ -3,13 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from picotron_lab.config import ConfigError
 from picotron_lab.mpmd_record import pipeline_yield, record
+from picotron_lab.mpmd_trace import trace
 
-PARAMS = {"a": torch.eye(4)}
-BATCH = (torch.ones(3, 4),)
+PARAMS = {"a": torch.eye(4), "loss": torch.tensor(1.0)}
+BATCH = (torch.ones(3, 4), torch.zeros(4), torch.ones(4))
+STATISTICS = torch.nn.BatchNorm1d(4, affine=False)
 OUTSIDE = torch.ones(4)
 
 
@@ -51,6 +54,21 @@ def second_is_unused(p, batch):
     return x.sum()
 
 
+def statistics_outside(p, batch):
+    return functional_call(STATISTICS, {}, batch[0] @ p["a"]).sum()
+
+
+def statistics_in_batch(p, batch):
+    mean, variance = batch[1:]
+    return F.batch_norm(batch[0] @ p["a"], mean, variance, training=True).sum()
+
+
+def lstm(p, batch):
+    cell = [p["a"].repeat(4, 1)] * 2 + [torch.zeros(16)] * 2
+    x, zeros = batch[0][None], torch.zeros(1, 3, 4)
+    return torch.lstm(x, (zeros, zeros), cell, True, 1, 0.0, False, False, False)[0].sum()
+
+
 REFUSED = {
     "asks for the value of a tensor.*branch.*torch.where": [
         branch, lambda p, batch: (batch[0] @ p["a"]).sum() * float(batch[0].sum()),
@@ -60,6 +78,13 @@ REFUSED = {
         lambda p, batch: (batch[0] @ p["a"])[batch[0] > 0].sum(),
         lambda p, batch: (batch[0] @ p["a"])[batch[0].nonzero()[0]].sum(),
     ],
+    "output_size of repeat_interleave": [
+        lambda p, batch: p["a"].repeat_interleave(batch[0][0].long(), 0).sum(),
+    ],
+    "LSTM of oneDNN.*flags": [lstm],
+    "BatchNorm, which changes its buffers": [statistics_in_batch],
+    "from outside.*such as buffers of a module": [statistics_outside],
+    "itself a leaf of params": [lambda p, batch: p["loss"]],
     "draws random numbers": [
         lambda p, batch: F.dropout(batch[0] @ p["a"], 0.5).sum(),
         lambda p, batch: (batch[0] @ p["a"] * torch.rand(4)).sum(),
@@ -83,6 +108,10 @@ REFUSED = {
         lambda p, batch: pipeline_yield((batch[0] @ p["a"]).sum())
     ],
     "given nothing": [lambda p, batch: pipeline_yield()],
+    r"no tensor \((NoneType|float|list|dict|tuple)\): .* one by one": [
+        lambda p, batch, x=x: pipeline_yield(batch[0], x)
+        for x in (None, 1.0, [OUTSIDE], {"x": OUTSIDE}, (OUTSIDE, OUTSIDE))
+    ],
 }  # fmt: skip
 
 
@@ -91,7 +120,7 @@ REFUSED = {
 )
 def test_refused(words, loss_fn):
     with pytest.raises(ConfigError, match=words) as error:
-        record(loss_fn, PARAMS, BATCH)
+        trace(loss_fn, PARAMS, BATCH)
     assert str(error.value).endswith(".") and ". " not in str(error.value)
 
 
@@ -99,7 +128,9 @@ def test_refused(words, loss_fn):
     "params,batch,words",
     [
         ({"i": torch.arange(3)}, (), "params.i is a tensor of torch.int64.*into the batch"),
-        ({}, ({"n": 3},), "batch.0.n is 3.*make it a constant of loss_fn"),
+        (PARAMS, ({"n": 3},), "batch.0.n is 3.*make it a tensor, or a constant of loss_fn"),
+        ({}, BATCH, "params are empty: give at least one"),
+        (torch.nn.Linear(1, 1), BATCH, r"params is a module \(Linear\).*functional_call"),
         ({"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)}, (), "one name.*keys without dots"),
     ],
 )

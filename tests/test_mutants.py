@@ -15,6 +15,7 @@ from mutants import (
     token_slices,
 )  # fmt: skip
 
+pytestmark = pytest.mark.slow  # nothing of the library is tested here
 TESTS = Path(__file__).parent
 MUTANTS = [
     mutant

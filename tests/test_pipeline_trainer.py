@@ -38,7 +38,12 @@ PRODUCTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
+LONG = ("cp", "dp zero1")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in PRODUCTS]
+)
 def test_products_equal_one_device(name):
     mesh, model, impl = PRODUCTS[name]
     changes = {"micro_batch_size": 1, "impl": impl, "clip": 0.2, "bucket_mib": 0.02}

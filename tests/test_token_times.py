@@ -8,8 +8,6 @@ import torch
 
 from picotron_lab import token_pipeline, token_times
 from picotron_lab.config import ConfigError, ModelConfig
-from picotron_lab.dropout import Where
-from picotron_lab.token_slices import cut
 from picotron_lab.token_times import Fit, choose, fit, measure, of_layer, places
 
 CPU = torch.device("cpu")
@@ -187,5 +185,3 @@ def test_a_layer_is_measured_and_its_slices_chosen(impl):
     assert all(seconds > 0 for _, seconds in found.alone)
     slices = choose(found, 32, 4, 4)
     assert sum(slices) == 32 and not any(l % 4 for l in slices)
-    tokens_BT = torch.zeros(1, 32, dtype=torch.int64)
-    assert len(cut((tokens_BT, None, Where.first(tokens_BT)), slices)) >= 1

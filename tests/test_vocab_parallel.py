@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from picotron_lab import fused, sharding, vocab_parallel
-from picotron_lab.analysis.memory import Meter
+from picotron_lab.analysis.meter import Meter
 from picotron_lab.config import ConfigError, ModelConfig
 from picotron_lab.lab import run_ranks
 from picotron_lab.model import Llama, initial_value

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from picotron_lab import sharding, vocab_parallel
-from picotron_lab.alone import Nobody
-from picotron_lab.analysis.memory import Meter
+from picotron_lab.analysis.meter import Meter
 from picotron_lab.comm import Axis, Handle
 from picotron_lab.lab import run_ranks
 from picotron_lab.ledger import Ledger
+from picotron_lab.nobody import Nobody
 from picotron_lab.vocab_parallel import ALGORITHMS, Shard, VocabEmbedding, VocabHead, contract
 
 every_way = pytest.mark.parametrize("impl", ["plain", "fused"])

@@ -10,10 +10,10 @@ from torch import nn
 from zero_programs import CASES, Case
 
 from picotron_lab import sharding, zero
-from picotron_lab.alone import Nobody
 from picotron_lab.comm import Axis
 from picotron_lab.lab import run_ranks
 from picotron_lab.ledger import Ledger
+from picotron_lab.nobody import Nobody
 from picotron_lab.processes import run_processes
 from picotron_lab.sharding import Record
 

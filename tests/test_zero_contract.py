@@ -10,7 +10,7 @@ from torch import nn
 from zero_programs import CASES, Case
 
 from picotron_lab import precision, sharding, zero
-from picotron_lab.analysis.memory import Meter
+from picotron_lab.analysis.meter import Meter
 from picotron_lab.analysis.zero_state import Job, contract
 from picotron_lab.lab import run_ranks
 

@@ -15,7 +15,7 @@ from zero_expert_programs import MESHES, MIXTURE, build, make_axes, make_synchro
 from zero_programs import Case
 
 from picotron_lab import checkpoint, data_parallel, expert_parallel, precision, sharding, zero
-from picotron_lab.analysis.memory import Meter
+from picotron_lab.analysis.meter import Meter
 from picotron_lab.analysis.zero_state import Job, contract
 from picotron_lab.lab import run_ranks
 from picotron_lab.processes import run_processes

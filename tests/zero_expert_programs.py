@@ -16,7 +16,7 @@ from picotron_lab import (
     sharding,
     zero,
 )  # fmt: skip
-from picotron_lab.analysis.memory import Meter
+from picotron_lab.analysis.meter import Meter
 from picotron_lab.analysis.zero_state import Job, contract
 from picotron_lab.config import MeshConfig
 from picotron_lab.model import Llama

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from picotron_lab import optim, precision, sharding, zero
-from picotron_lab.analysis.memory import Meter
+from picotron_lab.analysis.meter import Meter
 from picotron_lab.config import ModelConfig
 from picotron_lab.dropout import Where
 from picotron_lab.fused import fuse

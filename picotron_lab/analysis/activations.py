@@ -29,7 +29,7 @@ n ranks tensor parallel: H/n, K/n (at least 1) and F/n. Sequence parallel also: 
 Fused   fused_activations.py
 Dims    as in model.py
 Tests   tests/test_activations.py, tests/test_context_memory.py: equal to what the meter of
-        memory.py sees, to the byte
+        meter.py sees, to the byte
 """
 
 from dataclasses import dataclass

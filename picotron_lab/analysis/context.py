@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from picotron_lab.analysis.activations import Setting, layer_bytes
-from picotron_lab.analysis.memory import Meter
+from picotron_lab.analysis.meter import Meter
 from picotron_lab.config import ModelConfig
 
 

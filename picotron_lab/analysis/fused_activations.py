@@ -19,7 +19,7 @@ Forms   e: bytes of an element, w: the same, but at least 4; N = B T tokens of a
         No T T anywhere. So context parallelism changes no form: attention by blocks keeps the same,
         of T/n tokens. Only the head's weight gradient stays when T falls.
 Dims    as in model.py
-Tests   tests/test_context_memory.py: equal to what the meter of memory.py sees, to the byte
+Tests   tests/test_context_memory.py: equal to what the meter of meter.py sees, to the byte
 """
 
 from picotron_lab.analysis import activations

@@ -1,175 +1,216 @@
-"""How much memory was used: of one rank by category, and of the machine.
+"""How much memory a training step will take, from configs and a schedule: no model is built.
 
-Meter   sees every operation that this thread, so this rank, starts, and remembers the storages that
-        come out until they are freed. It counts bytes that tensors asked for, on CPU and CUDA.
-Not     what a kernel allocates for itself, and what an allocator rounds up or cannot reuse: on a
-        GPU, torch.cuda.max_memory_allocated tells the difference. Results of collectives count; not
-        what torch.distributed or the lab allocates for itself.
-Read    Meter -> label -> watch
+Idea    What lies on a rank is state, which stays, and activations, which come and go as the
+        schedule says: F leaves bytes for backward (saved.py), B trades them for what W needs, BW
+        and W free them. The most that is held at a time along the rank's list (in_flight.py) is the
+        prediction; on top comes what an operator needs while it runs.
+Exact   state: to the byte. Activations: within 3 %, of experts if routing is even (the tests say
+        where not). Temporaries: the largest of a few; the peak may be 28 % higher, if it is small
+Not     what kernels allocate for themselves and what an allocator cannot reuse (meter.py); AdamW's
+        step counters; copies of gradients in data_parallel's steps 2 and 3, overlapped and
+        bucketed; a tied weight's old gradient over pp, which its master weight still has
+Slides  the Ultra-Scale Playbook's forms for GPT are below, as its text has them. Copies in
+        circulation print 3/4 where it is 34, and 1/2 h^2 + 1/3 h where it is 12 h^2 + 13 h.
+Dims    as in model.py
+Read    predict -> Footprint -> temporaries; the playbook's forms
+Tests   tests/test_memory_prediction.py
 """
 
-import resource
-import sys
-import weakref
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from picotron_lab.analysis import in_flight, saved
+from picotron_lab.analysis.parameters import (
+    BYTES,
+    Matrix,
+    Place,
+    State,
+    matrices,
+    part,
+    state,
+)  # fmt: skip
+from picotron_lab.analysis.saved import Rank
+from picotron_lab.checks import check_run, layers_of, schedule_of
+from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig, require
 
-CATEGORIES = ("parameter", "gradient", "optimizer", "buffer", "activation")
-FRESH = torch.ops.aten.lift_fresh.default  # torch.tensor([...]) shows what it has made as an input
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """CUDA: most bytes ever allocated for tensors. CPU: most bytes this process ever held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+FIRST = Place()
+# logits of a chunk (CPU, Triton kernels): in fused.py, and over tp in vocab_parallel.py
+CHUNK, SPLIT_CHUNK = (2**21, 2**27), (2**20, 2**27)
 
 
-@dataclass
-class Counted:
-    """A storage that is alive."""
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one rank, by category.
 
-    storage: weakref.ref
-    category: str
-    bytes: int
-
-
-class Meter(TorchDispatchMode):
-    """Bytes of the storages that this thread makes inside `with Meter() as meter`, by category.
-
-    A storage counts once, however many views it has, from the operation that returns it until its
-    last tensor is gone (also after the `with`). Tensors made before, or without an operation
-    (torch.frombuffer, torch.load, copy.deepcopy), count once they are labelled. What nobody
-    labelled is activation: saved for backward, or a temporary.
-
-    Saved activations: meter.live["activation"] between forward and backward, while the program
-    itself holds no other tensor (the loss counts, with its 4 bytes). Operations in backward and
-    inside autograd Functions are seen; of a custom operator (torch.library), what it returns. A
-    storage that is resized is measured anew when an operation returns it and when `live` is read.
-
-    Not together with FlopCounterMode: it keeps activations alive.
-    Source  a torch dispatch mode per rank, the way of torch.distributed._tools.mem_tracker
+    activations  the most that F and B leave for later, between actions
+    temporaries  what comes on top while the loss is computed or backward runs
+    update       what the optimizer takes while it steps, when there are no activations
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._counted: dict[int, Counted] = {}  # by the address of the storage's C++ object
-        self._live = dict.fromkeys(CATEGORIES, 0)
-        self._hooks: list[Any] = []
-        self.reset_peak()
+    parameters: int
+    gradients: int
+    masters: int
+    moments: int
+    buffers: int
+    activations: int
+    temporaries: int
+    update: int
 
     @property
-    def live(self) -> dict[str, int]:
-        """Bytes alive now, by category."""
-        for counted in list(self._counted.values()):
-            self._measure(counted.storage())
-        return dict(self._live)
+    def state(self) -> int:
+        """What stays from step to step."""
+        return self.parameters + self.gradients + self.masters + self.moments + self.buffers
 
     @property
-    def live_bytes(self) -> int:
-        """Bytes alive now."""
-        return sum(self.live.values())
-
-    @property
-    def peak_bytes(self) -> int:
-        """The largest total after any operation or label."""
-        return sum(self.peak.values())
-
-    def reset_peak(self) -> None:
-        """Forget the peak: it becomes what is alive now."""
-        self.peak = self.live  # by category, as labelled at that moment
-        self._highest = self.peak_bytes
-
-    def label(self, category: str, tensors: Iterable[Tensor | None]) -> None:
-        """From now on these tensors' storages count as `category`, wherever they were made.
-
-        A None is skipped: a parameter may have no gradient.
-        """
-        assert category in CATEGORIES, (
-            f"a Meter cannot label tensors '{category}': choose one of {', '.join(CATEGORIES)}."
-        )
-        for tensor in tensors:
-            if tensor is not None:
-                self._count(tensor.untyped_storage(), category)
-        self._note_peak()
-
-    def watch(self, parameters: Iterable[Tensor]) -> None:
-        """Label parameters, and each gradient as soon as backward has accumulated it.
-
-        The gradient may be a tensor that backward made as an activation. Hooks run in the order in
-        which they are registered: watch before anything that takes gradients away in a hook.
-        """
-        parameters = list(parameters)
-        self.label("parameter", parameters)
-        for parameter in parameters:
-            if parameter.requires_grad:
-                hook = parameter.register_post_accumulate_grad_hook(self._label_gradient)
-                self._hooks.append(hook)
-
-    def __exit__(self, *error: Any) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
-        super().__exit__(*error)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch imports its compiler, 1.5 s, only to keep out of here
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
-        kwargs = kwargs or {}
-        results = func(*args, **kwargs)
-        storages = list(_storages(results))
-        given = set()  # a result in one of these is a view, or was written in place
-        if func is not FRESH and any(s._cdata not in self._counted for s in storages):
-            # look, for not every schema says that an input is returned: _unsafe_view, collectives
-            given = {s._cdata for s in _storages((*args, *kwargs.values()))}
-        for storage in storages:
-            if storage._cdata in self._counted or storage._cdata not in given:
-                self._count(storage, None)
-        self._note_peak()
-        return results
-
-    def _label_gradient(self, parameter: Tensor) -> None:
-        self.label("gradient", [parameter.grad])
-
-    def _count(self, storage: torch.UntypedStorage, category: str | None) -> None:
-        """Begin to count a storage, or change its category; None: what it is, else activation."""
-        key = storage._cdata
-        if key not in self._counted:
-            ref = weakref.ref(storage, partial(self._forget, key))
-            self._counted[key] = Counted(ref, category or "activation", 0)
-        counted = self._counted[key]
-        self._live[counted.category] -= counted.bytes
-        counted.category, counted.bytes = category or counted.category, storage.nbytes()
-        self._live[counted.category] += counted.bytes
-
-    def _measure(self, storage: torch.UntypedStorage | None) -> None:
-        """Its size may have changed, if it is one that counts."""
-        if storage is not None and storage._cdata in self._counted:
-            self._count(storage, None)
-
-    def _forget(self, key: int, _: weakref.ref) -> None:
-        freed = self._counted.pop(key)
-        self._live[freed.category] -= freed.bytes
-
-    def _note_peak(self) -> None:
-        if sum(self._live.values()) > self._highest:
-            self.peak = dict(self._live)
-            self._highest = self.peak_bytes
+    def peak(self) -> int:
+        """All that is there at the worst moment."""
+        return self.state + max(self.activations + self.temporaries, self.update)
 
 
-def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    """The storages of all dense tensors in nested lists and tuples."""
-    if isinstance(tree, Tensor):
-        if tree.layout is torch.strided:
-            yield tree.untyped_storage()
-    elif isinstance(tree, list | tuple):
-        for part in tree:
-            yield from _storages(part)
+def predict(
+    model: ModelConfig,
+    mesh: MeshConfig,
+    cfg: TrainConfig,
+    rank_of_pipeline: int = 0,
+    place: Place = FIRST,
+    kernels: bool = False,
+) -> Footprint:
+    """Bytes of a rank; `vocab_size` must be known.
+
+    place     where the rank is on the other axes; parts are largest on the first
+    kernels   whether Triton kernels serve: on CUDA, fused, not float64
+    raises    ConfigError for configs that do not fit together
+    """
+    check_run(model, mesh, cfg)
+    require(
+        mesh.token_slices == "1",
+        f"--token-slices {mesh.token_slices}: what slices of sequences hold is measured, but not "
+        "predicted; leave it out.",
+    )
+    assert model.vocab_size > 0, (
+        "the memory of a model cannot be told while vocab_size is 0: open the tokenizer first, "
+        "then give its vocabulary size."
+    )
+    place = replace(place, pp=rank_of_pipeline)
+    schedule, counts = schedule_of(mesh, cfg), layers_of(model, mesh, cfg)
+    mine = matrices(model, mesh, cfg, schedule, counts, place)
+    stays = state(mine, mesh, cfg, place)
+    rank = Rank(model, mesh, cfg, place, kernels and cfg.impl == "fused" and cfg.dtype != "float64")
+    each = rank.at.element + rank.at.wide * rank.narrow  # a gradient, and its cast to float32
+    largest = each * max(m.size for stage in mine for m in stage)
+    ends = schedule.stages - 1 in schedule.placement[place.pp] and not schedule.vocabulary
+    return Footprint(
+        stays.parameters, stays.gradients, stays.masters, stays.moments, stays.buffers,
+        activations=max(in_flight.over_time(rank, schedule, counts)),
+        temporaries=max(temporaries(rank, ends, _unit_bytes(rank, mine), largest).values()),
+        update=update(rank, stays),
+    )  # fmt: skip
+
+
+# ---- what comes on top
+
+
+def temporaries(r: Rank, ends: bool, unit: int, largest: int) -> dict[str, int]:
+    """Bytes while the loss is computed or backward runs, by moment; the largest counts.
+
+    ends      whether this rank has the head
+    unit      bytes of the largest unit that ZeRO-3 gathers, else 0
+    largest   bytes of the largest gradient, as backward makes it and casts it
+
+    loss      fused: logits of two chunks of tokens, or of one and its part of dW, in forward
+    head      the gradients of its logits, w N V, and of its weight; all else is still there
+    layer     what is recomputed of one layer, its gathered weights (ZeRO-3, plain) and their
+              gradients, the largest weight's gradient before it is added, and the gradients of
+              scores (w B H T T, twice) or of gate, up and their product (3 e N F), while what the
+              head kept is free again
+    """
+    kept = sum(saved.head(r).values()) if ends else 0
+    again = replace(r, cfg=replace(r.cfg, recompute="none"))
+    recomputed = sum(saved.layer(again).values()) - sum(saved.layer(r).values())
+    layer = recomputed + 2 * unit + largest + saved.gradients_in_layer(r)
+    loss = loss_in_chunks(r) if ends else 0
+    end = _head_in_backward(r, largest) if ends else 0
+    return {"loss": loss, "head": end, "layer": max(0, layer - kept)}
+
+
+def _in_chunks(r: Rank) -> bool:
+    """Whether the loss makes its gradients in forward, of chunks of tokens."""
+    return r.fused and (r.mesh.tp == 1 or r.mesh.vocabulary(r.cfg.impl) != "none")
+
+
+def _head_in_backward(r: Rank, largest: int) -> int:
+    """Gradients of logits, whole: of log probabilities and, until these are free, of logits."""
+    if _in_chunks(r):
+        return largest
+    logits, whole = saved.head_logits(r), r.mesh.vocabulary(r.cfg.impl) == "none"
+    return logits + (max(logits, largest) if whole or r.mesh.tp == 1 else largest)
+
+
+def loss_in_chunks(r: Rank) -> int:
+    """Bytes while the fused loss makes dX and dW, beside these: fused.py's LinearCrossEntropy, over
+    tp vocab_parallel.py's Loss. 0 where all logits are made at once.
+
+    Alone   a chunk's logits, widened where narrow, live until the next chunk's are there
+    Over tp the next chunk's S runs before T of this one
+    """
+    model, tp, N = r.model, r.mesh.tp, r.at.tokens
+    if not _in_chunks(r):
+        return 0
+    if tp > 1:
+        rows = SPLIT_CHUNK[r.kernels] * tp // model.vocab_size
+        first = min(N, max(rows, model.hidden_size))
+        return _split_chunks(r, first, min(N - first, first))
+    first = min(N, max(1, CHUNK[r.kernels] // model.vocab_size))
+    both, one = first + min(N - first, first), r.at.wide + r.at.element * r.narrow
+    product = r.at.element * model.hidden_size  # a chunk's part of dW
+    return model.vocab_size * max(one * both, one * first + product)
+
+
+def _split_chunks(r: Rank, n: int, following: int) -> int:
+    """Of a chunk of n tokens and the following one, on words that the ranks of tp share."""
+    e, w, narrow = r.at.element, r.at.wide, r.narrow
+    rows = part(r.model.vocab_size, r.mesh.tp, r.place.tp)
+    naive = r.mesh.vocabulary(r.cfg.impl) == "naive"
+    kept = w if naive else e  # bytes of a logit from S to T
+    scoring = w + e * narrow if naive else e + w * (1 + narrow)
+    turning = kept + (e if naive else w + e) * narrow
+    if r.kernels and not naive:
+        scoring = turning = e  # in place
+    s_pass = max(scoring * n, kept * n + scoring * following)
+    t_pass = kept * following + max(turning * n, e * n + e * r.model.hidden_size)
+    return rows * max(s_pass, t_pass)
+
+
+def update(r: Rank, stays: State) -> int:
+    """Bytes while the optimizer steps: foreach AdamW makes a square root of every second moment,
+    and adds to it; fused AdamW, and SGD, work in place."""
+    return stays.moments // 2 if r.cfg.optimizer == "adamw" and not r.fused else 0
+
+
+def _unit_bytes(r: Rank, stages: Sequence[Sequence[Matrix]]) -> int:
+    """Of ZeRO-3's plain path, which has no buffers: the largest unit, whole."""
+    if r.mesh.zero < 3 or r.fused:
+        return 0
+    every = [m for stage in stages for m in stage]
+    sizes = (sum(m.size for m in every if m.unit == i) for i in {m.unit for m in every})
+    return BYTES[r.cfg.dtype] * max(sizes)
+
+
+# ---- the playbook's forms, for GPT
+
+
+def playbook_state(parameters: int, ranks: int = 1, stage: int = 0) -> float:
+    """Bytes of a rank: 2 weights, 2 gradients, 12 optimizer (float32 master and moments) of each
+    parameter, shared out among ranks from ZeRO's `stage` on. Source: 1910.02054, section 5."""
+    optimizer, gradients, weights = (ranks if stage >= least else 1 for least in (1, 2, 3))
+    return parameters * (2 / weights + 2 / gradients + 12 / optimizer)
+
+
+def playbook_activations(layers: int, seq: int, bs: int, h: int, heads: int) -> float:
+    """L seq bs h (34 + 5 heads seq / h) bytes in 16 bit. Source: 2205.05198, equation 2."""
+    return layers * seq * bs * h * (34 + 5 * heads * seq / h)
+
+
+def playbook_parameters(h: int, v: int, layers: int) -> int:
+    """h v + L (12 h^2 + 13 h) + 2 h: GPT with a tied head, no learned positions."""
+    return h * v + layers * (12 * h**2 + 13 * h) + 2 * h

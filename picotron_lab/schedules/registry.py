@@ -99,6 +99,6 @@ def _check(name: str, entry: Entry, options: Options) -> None:
         )
     if n > 1 and "costs" in entry.takes:
         raise ScheduleError(
-            f"token slices {n} do not fit {name}, which is made for whole sequences: choose "
-            "seq1f1b."
+            f"token slices {n} do not fit {name}, which runs whole sequences: choose seq1f1b, or "
+            "1f1b."
         )

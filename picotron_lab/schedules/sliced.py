@@ -29,8 +29,8 @@ def within(schedule: Schedule, n: int) -> Schedule:
     """
     if n > 1 and schedule.vocabulary:
         raise ScheduleError(
-            f"token slices {n} do not fit {schedule.name}, whose vocabulary passes take whole "
-            "sequences: choose 1f1b."
+            f"token slices {n} do not fit {schedule.name}, which runs whole sequences: choose "
+            "seq1f1b, or 1f1b."
         )
     lists = [tuple(part for item in items for part in _cut(item, n)) for items in schedule.lists]
     return replace(schedule, lists=tuple(lists), slices=n)
@@ -75,7 +75,7 @@ def seq1f1b(p: int, m: int, n: int = 4) -> Schedule:
             slice k % n of micro-batch k // n, the k-th backward slice n-1 - k % n of k // n
     Bubble  (p-1)(tF+tB+tW) / n for slices that take equal times
     Peak    min(m n, p-r-1+n) slices, of M/n each
-    Needs   nothing to run; m n >= p + n - 1 for the peak above on all ranks
+    Needs   nothing to run
     Source  Seq1F1B, arXiv 2406.03488
     """
     lists = []

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from picotron_lab.analysis.memory import CATEGORIES, Meter, peak_memory_bytes
+from picotron_lab.analysis.meter import CATEGORIES, Meter, peak_memory_bytes
 from picotron_lab.lab import run_ranks
 from picotron_lab.processes import run_processes
 
