@@ -226,7 +226,7 @@ def test_closed_forms(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [name for name in FORMS if name != "terapipe"])
 def test_closed_forms_of_every_size(name):
     for size in sizes(name, range(1, 17), (63, 64)):
         check_forms(name, *size)

@@ -113,7 +113,7 @@ def copies_of_a_router_count_by_themselves(patch):
     patch.setattr(build.pipeline_stages, "copies", copies)
 
 
-@killed_by(f"{TRAINS}[1f1b-vocab1 p2 m3 plain recompute, experts even]")
+@killed_by(f"{TRAINS}[1f1b-vocab1 p3 m2 plain tied, dropout even]")
 def first_stage_sees_its_own_words_only(patch):
     """The embedding starts from the rows of rank 0, and tokens of other ranks are zeros."""
     original = pipeline_vocabulary.Words._look_up
