@@ -289,8 +289,8 @@ def outer(dy_ML: Tensor, x_MK: Tensor, ends_e: Tensor) -> Tensor:
 
 def leaves_idle_unset(x: Tensor) -> bool:
     """Whether grouped_mm writes no gradient for an expert without rows: on Blackwell (issue 172439
-    of PyTorch)."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (10, 0)
+    of PyTorch). A dry run's tensors have no device to ask."""
+    return x.is_cuda and not x.is_meta and torch.cuda.get_device_capability(x.device) >= (10, 0)
 
 
 def suits_grouped_mm(*operands: Tensor) -> bool:

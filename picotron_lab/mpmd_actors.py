@@ -24,6 +24,7 @@ import os
 import pickle
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -45,7 +46,7 @@ class ActorError(RuntimeError):
 # ---- what the controller has
 
 
-class Actors:
+class Actors(ABC):
     """Several actors as the controller sees them."""
 
     def __init__(self, size: int):
@@ -92,9 +93,10 @@ class Actors:
                 self.close()
             raise
 
+    @abstractmethod
     def close(self) -> None:
-        """Stop all actors; what they have not done stays undone."""
-        raise NotImplementedError
+        """Stop all actors: processes at once; threads after the commands that they were given, but
+        one that waits for another actor's value gives up there."""
 
     def _put(self, rank: int, packed: Any) -> None:
         if self.failure:
@@ -106,11 +108,13 @@ class Actors:
         """A command as it is sent. What cannot be sent is refused here, before anything is."""
         return command
 
+    @abstractmethod
     def _post(self, rank: int, packed: Any) -> None:
-        raise NotImplementedError
+        """Put a command, as packed, into the actor's queue."""
 
+    @abstractmethod
     def _next(self) -> tuple[int, Answer]:
-        raise NotImplementedError
+        """The next answer, whoever gives it; an actor that has ended answers that it has."""
 
 
 class ThreadActors(Actors):

@@ -11,7 +11,10 @@ GPU     `as_gpu`: tensors say that they are on a GPU, so that the program takes 
 Meta    FakeTensorMode would do as well, and gives the same bytes, but takes 7 times as long. What
         the meta device does in its own way is answered here: attention, which would form all
         scores, and on a GPU norms, which torch takes apart elsewhere.
-Not     data that decide sizes: how many rows an expert gets.
+Routing what a router chooses decides sizes, so it has values: experts get choices in turn, equal
+        shares. These tensors lie on the CPU, and what follows from them alone is computed. Where
+        they meet tensors without values, they go along without.
+Not     other data that decide sizes
 Dims    B micro-batch  T queries  S keys  H/K query/kv heads  C head width
 Read    Nobody -> seat -> Pretence -> pretend
 Tests   tests/test_nobody.py, tests/test_comm.py
@@ -88,26 +91,29 @@ VALUES = {  # what Python asks of a tensor
 class Pretence(TorchFunctionMode):
     """Answers what a program asks of tensors without values, or does with them.
 
-    as_gpu  tensors say that they are on a GPU, so that the program takes its way with kernels
+    as_gpu   tensors say that they are on a GPU, so that the program takes its way with kernels
+    choices  experts that a token chooses; 0: there are none
     """
 
-    def __init__(self, as_gpu: bool):
+    def __init__(self, as_gpu: bool, choices: int):
         super().__init__()
-        self.as_gpu = as_gpu
+        self.as_gpu, self.choices = as_gpu, choices
         self.instead: dict[Callable, Callable] = {
             torch.randn: _undrawn, torch.tensor: _made,
             torch.nn.functional.scaled_dot_product_attention: self._attention,
             torch.autograd.grad: self._grad, torch.autograd.backward: self._backward,
-            Tensor.backward: self._backward_of,
+            Tensor.backward: self._backward_of, Tensor.sort: self._sort,
         }  # fmt: skip
         if as_gpu:
-            self.instead[Tensor.is_cuda.__get__] = lambda x: True
+            self.instead[Tensor.is_cuda.__get__] = lambda x: x.is_meta
             self.instead[torch.nn.functional.rms_norm] = _rms_norm
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
         answer = self.instead.get(func, func)
         if func in VALUES and args[0].is_meta:
             answer = VALUES[func]
+        elif self.choices and func not in INDEXING and _mixed(args):
+            args = _without_values(args)
         return answer(*args, **(kwargs or {}))
 
     # torch puts a mode aside while it answers. But backward runs parts of the program, such as a
@@ -127,6 +133,16 @@ class Pretence(TorchFunctionMode):
         """Tensor.backward."""
         self._backward([x], grad_tensors=gradient, **others)
 
+    def _sort(self, x: Tensor, *args: Any, **others: Any) -> tuple[Tensor, Tensor]:
+        """Tensor.sort, which routers call: of the first `choices` of each row of E, row after row,
+        every one of 0..E-1 has an equal share."""
+        values, places = x.sort(*args, **others)
+        if x.is_meta:
+            E = x.shape[-1]
+            first = torch.arange(x.numel() // E)[:, None] * self.choices
+            places = ((first + torch.arange(E)) % E).view(x.shape)
+        return torch.return_types.sort((values, places))
+
     def _attention(
         self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, attn_mask: Tensor | None = None,
         is_causal: bool = False, enable_gqa: bool = False,
@@ -137,6 +153,34 @@ class Pretence(TorchFunctionMode):
             return aten._scaled_dot_product_flash_attention(*qkv, 0.0, is_causal)[0]
         flash = aten._scaled_dot_product_flash_attention_for_cpu
         return flash(*qkv, 0.0, is_causal, attn_mask=attn_mask)[0]
+
+
+INDEXING = (Tensor.__getitem__, Tensor.__setitem__)  # by values, also of what has none
+
+
+def _tensors(args: Sequence) -> Iterator[Tensor]:
+    """Those of one dim at least; a number goes with every device."""
+    for x in args:
+        if isinstance(x, Tensor) and x.dim() > 0:
+            yield x
+        elif isinstance(x, list | tuple):
+            yield from _tensors(x)
+
+
+def _mixed(args: Sequence) -> bool:
+    """Whether some of the tensors have values, and others have none."""
+    return len({x.is_meta for x in _tensors(args)}) == 2
+
+
+def _without_values(args: Sequence) -> tuple:
+    """The same arguments, all on the meta device."""
+    with unmetered():
+        return tuple(
+            x.to(DEVICE) if isinstance(x, Tensor) and x.dim() > 0
+            else _without_values(x) if isinstance(x, list | tuple)
+            else x
+            for x in args
+        )  # fmt: skip
 
 
 def _edges(tensors: Sequence) -> list:
@@ -179,10 +223,11 @@ class Norm(torch.autograd.Function):
 
 
 @contextmanager
-def pretend(as_gpu: bool = False) -> Iterator[None]:
+def pretend(as_gpu: bool = False, choices: int = 0) -> Iterator[None]:
     """Inside, tensors on the meta device answer what needs values.
 
-    as_gpu  they say that they are on a GPU; needs triton for a fused model
+    as_gpu   they say that they are on a GPU; needs triton for a fused model
+    choices  experts that a token chooses; 0: there are none
     """
-    with Pretence(as_gpu), torch.autograd.set_multithreading_enabled(False):
+    with Pretence(as_gpu, choices), torch.autograd.set_multithreading_enabled(False):
         yield

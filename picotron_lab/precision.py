@@ -48,9 +48,11 @@ class MasterWeights:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Round the stepped master weights into the parameters."""
+        """Round the stepped master weights into the parameters. Their gradients go: else the next
+        step would hold both these and its own."""
         for parameter, weight in self._narrow():
             parameter.copy_(weight)
+            weight.grad = None
 
     def pieces(self) -> list[tuple[Record, Tensor]]:
         """The float32 copies with their records, for checkpoints."""

@@ -7,12 +7,13 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 import run
-from picotron_lab import verify
-from picotron_lab.analysis import cost, dryrun
+from picotron_lab import router, verify
+from picotron_lab.analysis import cost, dryrun, dryrun_show
 from picotron_lab.analysis.dryrun import Report, dry_run, observe
-from picotron_lab.cases import DENSE, EXPERTS, TIED
+from picotron_lab.cases import BALANCED, DENSE, DROPPING, EXPERTS, TIED
 from picotron_lab.config import PRESETS, ConfigError, MeshConfig, ModelConfig, TrainConfig
 from picotron_lab.lab import run_ranks
 from picotron_lab.trainer import Trainer
@@ -64,6 +65,23 @@ MORE_PIPELINES = {
 }  # fmt: skip
 
 
+ONE, TWO_EP = {"micro_batch_size": 1}, MeshConfig(dp=2, ep=2)
+ROUTED = {
+    "experts": (EXPERTS, MeshConfig(), PLAIN),
+    "ep, fused": (EXPERTS, TWO_EP, {**FUSED, **SMALL}),
+}
+MORE_ROUTED = {
+    "ep, dropping": (DROPPING, TWO_EP, {**PLAIN, **ONE}),
+    "recompute": (EXPERTS, MeshConfig(), {**FUSED, **ONE, "recompute": "full"}),
+    "groups, zero 1": (BALANCED, MeshConfig(dp=2, ep=2, zero=1), {**FUSED, **ONE}),
+    "cp, zero 3": (BALANCED, MeshConfig(dp=2, cp=2, ep=2, zero=3), {**FUSED, **ONE}),
+    "tp, pp": (
+        EXPERTS, MeshConfig(pp=2, tp=2, sequence_parallel=True, schedule="zb-h1"), {**FUSED, **ONE}
+    ),
+    "ep, bf16": (EXPERTS, TWO_EP, {**FUSED, **SMALL, **BF16}),
+}  # fmt: skip
+
+
 def slow(cases: dict) -> list:
     return [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in cases.items()]
 
@@ -101,6 +119,24 @@ def test_equal_to_a_real_run(model, mesh, changes, cfg):
     real = real_runs(model, mesh, cfg)
     dry = dry_run(model, mesh, cfg, mesh.size - 1, as_gpu=False)
     assert replace(dry, seconds=0.0) == real[-1]
+
+
+def chosen_alike(score_BTE, cfg):
+    """In place of router.choose: one expert after the other, [B, T, k]."""
+    B, T, _ = score_BTE.shape
+    return torch.arange(B * T * cfg.top_k).view(B, T, cfg.top_k) % cfg.experts
+
+
+@pytest.mark.parametrize(("model", "mesh", "changes"), quick(ROUTED) + slow(MORE_ROUTED))
+def test_experts_get_equal_shares(model, mesh, changes, cfg, monkeypatch):
+    """As a real run whose routers choose so. Lists of places have values in a dry run, and what is
+    kept of them for backward is not counted: below 1.5 %."""
+    cfg = replace(cfg, **changes)
+    dry = [dry_run(model, mesh, cfg, rank, as_gpu=False) for rank in range(mesh.size)]
+    monkeypatch.setattr(router, "choose", chosen_alike)
+    for mine, real in zip(dry, real_runs(model, mesh, cfg), strict=True):
+        assert without_memory(mine) == without_memory(real)
+        assert mine.peak_bytes == pytest.approx(real.peak_bytes, rel=0.015)
 
 
 @pytest.mark.parametrize(("model", "mesh", "changes"), quick(PIPELINES) + slow(MORE_PIPELINES))
@@ -184,8 +220,6 @@ def test_operations_of_one_device(recompute, cfg):
 
 
 def test_what_only_values_or_times_can_tell():
-    with pytest.raises(ConfigError, match="--experts 3 get as many rows as routers decide"):
-        dry_run(EXPERTS, MeshConfig(), TrainConfig(), 0)
     with pytest.raises(ConfigError, match="--token-slices auto is decided by times"):
         dry_run(DENSE, MeshConfig(pp=2, token_slices="auto"), TrainConfig(), 0)
     with pytest.raises(ConfigError, match="a dry run does not open; add --vocab-size 1024"):
@@ -231,7 +265,7 @@ def test_the_predicted_step_is_told_too(capsys):
     assert first["exposed_seconds"]["tp"] < seconds * (1 - first["bubble_share"])
     assert run.main(options) == 0
     out = capsys.readouterr().out
-    assert f"predicted   {seconds:.3g} s a step on H100" in out
+    assert f"predicted   {seconds:.3g} s a step on H100, from closed forms" in out
     assert f"MFU {first['mfu']:.1%}" in out
     assert max(map(len, out.splitlines())) <= 100
 
@@ -240,7 +274,7 @@ def test_a_step_that_cannot_be_predicted_is_a_line(capsys, monkeypatch):
     def refuse(*_):
         raise ConfigError("--pp 2 has no times; try --pp 1.")
 
-    monkeypatch.setattr(dryrun.step_time, "predict", refuse)
+    monkeypatch.setattr(dryrun_show.step_time, "predict", refuse)
     assert run.main(OPTIONS) == 0
     out = capsys.readouterr().out
     assert out.endswith("\nno step time predicted: --pp 2 has no times; try --pp 1.\n")
@@ -251,12 +285,53 @@ def test_a_step_that_cannot_be_predicted_is_a_line(capsys, monkeypatch):
     ("more", "sentence"),
     [
         (["--hardware", "h900"], "--hardware h900 is not one of A100, H100"),
-        (["--dp", "3"], "makes a mesh of 12 ranks, but there are 8; try --dp 2"),
+        (["--dp", "3"], "makes a mesh of 12 ranks, but there are 8; try --dp 2.\n"),
+        (["--gpus", "7"], "but there are 7; try --gpus 4 or a multiple of 4.\n"),
+        (["--gpus", "0"], "error: --gpus 0 must be at least 1; try --gpus 8.\n"),
+        (["--ranks", "2"], "--ranks 2 starts threads, and a dry run starts none: leave it out"),
+        (["--plot", "step.txt"], "--plot step.txt ends in none of .png"),
+        (["--trace", "nowhere/step.json"], "--trace nowhere/step.json lies in a folder"),
     ],
 )
 def test_command_line_refuses(more, sentence, capsys):
     assert run.main([*OPTIONS, *more]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_help_is_of_this_command(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["dryrun", "--help"])
+    out = capsys.readouterr().out
+    assert out.startswith("usage: run.py dryrun ")
+    told = " ".join(out.split())
+    assert "Options of training that change nothing here: --steps, --lr" in told
+
+
+def test_numbers_for_people(capsys):
+    """One of a thing is singular; small numbers have small units; nobody sends what it receives."""
+    options = ["dryrun", "--layers", "2", "--global-batch-size", "1", "--micro-batch-size", "1"]
+    assert run.main([*options, "--gpus", "2", "--pp", "2", "--dtype", "float64"]) == 0
+    out = capsys.readouterr().out
+    assert "tiny on 2 GPUs: 1 micro-batch of 1 sequence of 128 tokens" in out
+    assert "memory as with the operators of a CPU" in out  # whose kernels know no float64
+    assert "received             in 1 recv on pp.B" in out
+    assert f"sent          {128 * 128 * 8 / 1024:.2f} KiB in 1 send on pp.F" in out
+    assert " 0.00 " not in out
+    sizes = [dryrun_show._size(n) for n in (0, 20, 2**20, 3 * 2**29)]
+    assert sizes == ["       0 B", "      20 B", "    1.00 MiB", "    1.50 GiB"]
+
+
+def test_pictures_of_the_step(tmp_path, capsys):
+    """A Chrome trace in microseconds, to the end of the last action."""
+    pytest.importorskip("matplotlib")
+    trace, plot = tmp_path / "step.json", tmp_path / "step.png"
+    assert run.main([*OPTIONS, "--json", "--trace", str(trace), "--plot", str(plot)]) == 0
+    told = json.loads(capsys.readouterr().out)[0]["traced"]
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
+    end = max(event["ts"] + event["dur"] for event in events) / 1e6
+    assert 0.5 * told["step_seconds"] < end <= told["step_seconds"]
+    assert {event["name"] for event in events} >= {"F0.0", "F1.1", "BW0.1", "BW1.0"}
+    assert plot.stat().st_size > 1000
 
 
 # ---- backward in two halves, and forward once more in the first one

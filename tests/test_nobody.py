@@ -71,6 +71,22 @@ def test_what_has_values_keeps_them():
         assert x.numpy().sum() == 1.5
 
 
+def test_routers_choose_in_turn():
+    """Of 4 experts each of 5 tokens takes 2: 0 1, 2 3, 0 1, 2 3, 0 1. What follows from that alone
+    has values; what meets a tensor without them has none; and masks say how many there are."""
+    score_BTE = torch.empty(1, 5, 4, device=META)
+    with nobody.pretend(choices=2):
+        expert_T2 = score_BTE.sort(dim=-1, descending=True, stable=True).indices[0, :, :2]
+        assert expert_T2.tolist() == [[0, 1], [2, 3]] * 2 + [[0, 1]]
+        assert expert_T2.flatten().bincount().tolist() == [3, 3, 2, 2]
+        gate_T2 = score_BTE[0].gather(-1, expert_T2)
+        assert (gate_T2.is_meta, (gate_T2 * (expert_T2 > 0)).is_meta) == (True, True)
+        assert gate_T2[expert_T2 == 2].shape == (2,)
+        assert torch.stack([gate_T2, expert_T2]).shape == (2, 5, 2)
+        values = torch.tensor([2.0, 3.0, 1.0]).sort()
+    assert (values.values.tolist(), values.indices.tolist()) == ([1, 2, 3], [2, 0, 1])
+
+
 class Asked(torch.autograd.Function):
     """x -> 2 x; each pass notes in `seen` whether the tensors are said to be on a GPU."""
 

@@ -15,6 +15,7 @@ from picotron_lab.analysis.planner_plots import draw, frontier
 from picotron_lab.analysis.planner_space import FAMILIES, Question, candidates, usual_batch
 from picotron_lab.checks import check_run, layers_of, schedule_of
 from picotron_lab.config import PRESETS, ConfigError, MeshConfig, ModelConfig, TrainConfig
+from picotron_lab.options import train_parser
 from picotron_lab.schedules import registry
 from picotron_lab.schedules.actions import ScheduleError
 from picotron_lab.schedules.costs import Options
@@ -120,7 +121,7 @@ def test_what_rank_0_holds(family):
 
 def parsed(options):
     """Model, mesh and training of a command, as run.py reads them."""
-    given = vars(run.train_parser().parse_args(options))
+    given = vars(train_parser().parse_args(options))
     mesh = run.choose(MeshConfig, given, MeshConfig(dp=given.get("dp", 1)))
     return run.choose_model(given, None), mesh, run.choose(TrainConfig, given, TrainConfig())
 

@@ -10,12 +10,12 @@ SPLITS = {  # processes and options
     "cp tp sp zero3, plain": (4, ["--cp", "2", "--cp-kind", "zigzag", "--tp", "2", "--zero", "3",
                                   "--sequence-parallel", "--impl", "plain"]),
 }  # fmt: skip
-NAMES = ["ep cp zero3", pytest.param("cp tp sp zero3, plain", marks=pytest.mark.slow)]
 EXPERTS = ["--experts", "5", "--shared-experts", "1", "--balance-loss", "0.01", "--z-loss", "0.01",
            "--balance-speed", "0.001", "--router", "sigmoid"]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPLITS)
 def test_split_models_print_the_same_curve_and_sample(name, text, tmp_path, capsys):
     """Real processes that share the model, beside one that has all of it."""
     ranks, split = SPLITS[name]
@@ -37,6 +37,7 @@ def test_ranks_that_share_experts_write_together(text, capsys):
     assert "the model goes on" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_split(text, tmp_path):
     """Begun with ZeRO-3 and tensor parallelism in bfloat16, ended on one process."""
     saved = [*text, "--steps", "6", "--dtype", "bfloat16", "--save-dir", str(tmp_path / "saved")]

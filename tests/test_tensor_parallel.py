@@ -302,6 +302,7 @@ def test_saved_activations_of_a_layer(impl, n, kv_heads, dropout, B, dtype):
 # ---- real processes
 
 
+@pytest.mark.slow
 def test_a_block_equals_torchs_own_tensor_parallelism():
     """Both paths in the same processes, which need seconds to get ready for torch's."""
     jobs = [replace(PATHS[path], dropout=0).with_model(kv_heads=4) for path in ("plain", "fused")]

@@ -11,24 +11,23 @@ Exact   as on lab threads: calls, bytes sent, operations. Memory to the byte, wi
         with one, up to two messages less, for nobody lets a sender wait
 Way     as_gpu: as the fused path runs on a GPU, in the shapes of its kernels. A CPU's operators
         keep more for backward (norms their wide input, SwiGLU a product)
+Experts get equal shares of the choices of each micro-batch, in turn. With them memory is that of a
+        CPU's operators, less the lists of places that are kept: below 1 %
 Not     what an allocator loses between tensors, NCCL's buffers, workspaces of matmuls: add 1 to 3
-        GiB to compare with a GPU. Attention counts the full square, as if not causal. Not experts:
-        how many rows each gets is decided by values.
+        GiB to compare with a GPU. Attention counts the full square, as if not causal
 Dims    B micro-batch  T queries  S keys  H/K query/kv heads  C head width
         N rows  F, D columns: [N, F] times [F, D]
-Time    what values and clocks decide is not here: show prints step_time.py's prediction beside it
-Read    dry_run -> Rehearsal -> observe -> Tally -> Report; show
+Time    dryrun_time.py makes it of the Work of actions
+Read    dry_run -> Rehearsal -> observe -> Tally -> Report, Work; printed: dryrun_show.py
 Tests   tests/test_dryrun.py
 """
 
-import argparse
 import dataclasses
 import importlib.util
-import json
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -38,19 +37,36 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from picotron_lab import corpus, data, nobody, optim
-from picotron_lab.analysis import hardware, step_time
-from picotron_lab.analysis.meter import CATEGORIES, Meter
-from picotron_lab.config import ConfigError, MeshConfig, ModelConfig, TrainConfig, require
+from picotron_lab.analysis.meter import Meter
+from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig, require
+from picotron_lab.ledger import Call, Ledger
 from picotron_lab.mesh import grid
-from picotron_lab.precision import DTYPES
 from picotron_lab.schedules.actions import Action
 from picotron_lab.trainer import Trainer
 from picotron_lab.zero_units import Sharded
 
-GIB, TERA = 2**30, 1e12
-UNITS = (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10))
 UPDATE = "update"  # what follows the last action: clipping, the optimizer, new weights
 ATTENTION = 2, 5  # matmuls of T x T scores: forward; backward, which forms the scores again
+UNDER_WAY = "not waited for"  # until something else is computed
+CAUSAL = 0.5  # share of scores under the mask
+UNTOUCHED = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+
+
+@dataclass
+class Work:
+    """What some actions alike did, together.
+
+    matmuls     operations; attention  its operations, without the scores above a causal mask
+    moved       bytes that all other operators read and wrote; operators  how many those were
+    messages    {axis: {"operation" or "operation, not waited for": (calls, payload bytes)}}
+    """
+
+    times: int = 0
+    matmuls: float = 0.0
+    attention: float = 0.0
+    moved: float = 0.0
+    operators: int = 0
+    messages: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,6 +78,9 @@ class Report:
                 way, such as F0.3: the last one that began, or `update`
     actions     how many there are of each kind (F, BW, ...); flops  operations of matmuls by kind
     traffic     {axis: {operation: (calls, payload bytes)}}, payload as in ledger.py
+    stepped     parameters that the optimizer steps here
+    works       by kind and stage, such as F0, or by kind, of passes of the vocabulary. Real runs
+                have other operators, so they are left out where reports are compared
     seconds     that it took to build and to run two steps
     """
 
@@ -74,6 +93,8 @@ class Report:
     actions: dict[str, int]
     flops: dict[str, int]
     traffic: dict[str, dict[str, tuple[int, int]]]
+    stepped: int
+    works: dict[str, Work] = field(compare=False)
     seconds: float = 0.0
 
     @property
@@ -87,13 +108,13 @@ def dry_run(
 ) -> Report:
     """What rank `rank` of this job holds, computes and sends in one step.
 
-    as_gpu  the fused path as it runs on a GPU, if triton is there to tell the shapes of kernels;
-            else as on a CPU, whose operators keep more for backward
+    as_gpu  the fused path as it runs on a GPU, if `has_kernels`; else as on a CPU, whose operators
+            keep more for backward
     raises  ConfigError for options that no run accepts, and for what only values can tell
     """
-    _check(model, mesh)
+    _check(mesh)
     start = time.perf_counter()
-    with nobody.pretend(as_gpu and has_kernels()):
+    with nobody.pretend(as_gpu and has_kernels(), model.experts and model.top_k):
         trainer = Rehearsal(model, mesh, cfg, nobody.seat(rank, mesh.size))
         trainer.train_step(0)
         report = observe(trainer)
@@ -101,7 +122,7 @@ def dry_run(
 
 
 def has_kernels() -> bool:
-    """Whether the kernels of the fused path can be imported, here or on a GPU."""
+    """Whether the fused path can be followed as on a GPU: triton tells shapes of its kernels."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -111,12 +132,7 @@ def ranks(mesh: MeshConfig, every_stage: bool = False) -> list[int]:
     return firsts if every_stage else sorted({firsts[0], firsts[-1]})
 
 
-def _check(model: ModelConfig, mesh: MeshConfig) -> None:
-    require(
-        model.experts == 0,
-        f"--experts {model.experts} get as many rows as routers decide, by values that a dry run "
-        "has not; leave it out, or train with --ranks.",
-    )
+def _check(mesh: MeshConfig) -> None:
     require(
         mesh.token_slices != "auto",
         "--token-slices auto is decided by times, which a dry run has not; try --token-slices 4.",
@@ -179,7 +195,7 @@ def observe(trainer: Trainer, step: int = 1) -> Report:
     ledger = trainer.mesh.world.ledger
     ledger.clear()
     parameters = list(trainer.model.parameters())
-    with Meter() as meter, Tally(meter) as tally:
+    with Meter() as meter, Tally(meter, ledger) as tally:
         for category, tensors in held(trainer).items():
             meter.label(category, tensors)
         meter.watch(parameters)
@@ -196,6 +212,7 @@ def observe(trainer: Trainer, step: int = 1) -> Report:
         trainer.mesh.world.rank, tuple(trainer.executor.stages),
         sum(p.numel() for p in parameters), kept, meter.peak, tally.peak_at,
         dict(tally.actions), dict(tally.flops), traffic(ledger.calls),
+        sum(p.numel() for p in trainer.parameters), tally.works,
     )  # fmt: skip
 
 
@@ -214,11 +231,13 @@ def held(trainer: Trainer) -> dict[str, list[Tensor | None]]:
 
 
 class Tally(TorchDispatchMode):
-    """Operations of matmuls by kind of action, and during which action the Meter saw its peak."""
+    """Operations of matmuls by kind of action, the work of each action, and during which action the
+    Meter saw its peak."""
 
-    def __init__(self, meter: Meter):
+    def __init__(self, meter: Meter, ledger: Ledger):
         super().__init__()
-        self.meter, self.seen = meter, meter.peak
+        self.meter, self.seen, self.ledger = meter, meter.peak, ledger
+        self.work, self.works = Work(), {}
         self.place = self.kind = self.peak_at = "begin"
         self.actions: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
@@ -233,15 +252,44 @@ class Tally(TorchDispatchMode):
         self.meter.label("gradient", (p.grad for p in owners))
         self.place, self.kind = str(action), action.kind
         self.actions[action.kind] += 1
-        return act(action, received)
+        self.work = self.works.setdefault(self.place.partition(".")[0], Work())
+        self.work.times += 1
+        before = len(self.ledger.calls)
+        made = act(action, received)
+        self._note_messages(self.ledger.calls[before:])
+        self.work = Work()  # of no action
+        return made
+
+    def _note_messages(self, calls: list[Call]) -> None:
+        for call in calls:
+            of_axis = self.work.messages.setdefault(call.axis, {})
+            name = call.op if call.waits else f"{call.op}, {UNDER_WAY}"
+            number, size = of_axis.get(name, (0, 0))
+            of_axis[name] = number + 1, size + call.bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
         result, count = func(*args, **(kwargs or {})), self.counts.get(func.overloadpacket)
         if count is not None:
-            self.flops[self.kind] += count(*args, **(kwargs or {}), out_val=result)
+            flops = count(*args, **(kwargs or {}), out_val=result)
+            self.flops[self.kind] += flops
+            if "attention" in func.overloadpacket.__name__:
+                causal = any(x is True for x in args)
+                self.work.attention += flops * (CAUSAL if causal else 1.0)
+            else:
+                self.work.matmuls += flops
+        elif not (func.is_view or func.overloadpacket.__name__ in UNTOUCHED):
+            self.work.moved += _bytes(args) + _bytes((result,))
+            self.work.operators += 1
         if self.meter.peak is not self.seen:
             self.seen, self.peak_at = self.meter.peak, self.place
         return result
+
+
+def _bytes(tree: Any) -> int:
+    """Of all tensors in nested lists and tuples."""
+    if isinstance(tree, Tensor):
+        return tree.nbytes
+    return sum(map(_bytes, tree)) if isinstance(tree, list | tuple) else 0
 
 
 def formulas() -> dict[Any, Callable]:
@@ -279,97 +327,3 @@ def traffic(calls: list) -> dict[str, dict[str, tuple[int, int]]]:
         number, size = of_axis.get(call.op, (0, 0))
         of_axis[call.op] = number + 1, size + call.bytes
     return found
-
-
-# ---- the command line
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of run.py dryrun, beside those of training."""
-    group = parser.add_argument_group("dry run")
-    group.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks of the job")
-    group.add_argument("--hardware", default="h100", metavar="NAME", help="such as h100 (default)")
-    group.add_argument("--all-stages", action="store_true", help="not only the first and the last")
-    group.add_argument("--json", action="store_true", help="everything, as JSON")
-
-
-def show(model: ModelConfig, mesh: MeshConfig, cfg: TrainConfig, given: dict[str, Any]) -> None:
-    """Print the reports. `given` are the options of the command line.
-
-    Raises  ConfigError, one sentence that names the option, its value and one that works
-    """
-    device = hardware.hardware(given["hardware"])
-    reports = [dry_run(model, mesh, cfg, rank) for rank in ranks(mesh, "all_stages" in given)]
-    told = predicted(model, mesh, cfg, device)
-    if "json" in given:
-        each = [dataclasses.asdict(report) | {"predicted": told} for report in reports]
-        print(json.dumps(each, indent=1))
-        return
-    batches = f"{cfg.micro_batches(mesh.dp)} micro-batches of {cfg.micro_batch_size} sequences"
-    print(f"{model.name} on {mesh.size} GPUs: {batches} of {cfg.sequence_length} tokens")
-    way = "kernels of a GPU" if has_kernels() and cfg.impl == "fused" else "operators of a CPU"
-    print(f"{cfg.dtype}, --impl {cfg.impl}, memory as with the {way}")
-    for report in reports:
-        print("\n".join(_lines(report, device, DTYPES[cfg.dtype])))
-    print("\n".join(_told(told, device.name)))
-
-
-def predicted(
-    model: ModelConfig, mesh: MeshConfig, cfg: TrainConfig, device: hardware.Hardware
-) -> dict[str, Any]:
-    """What step_time.py says of the whole job: {"step_seconds", "tokens_per_second", "mfu",
-    "bubble_share", "exposed_seconds": {axis: seconds that nothing hides}}, or {"refused": why}."""
-    size = model.vocab_size or vocabulary(cfg)
-    try:
-        step = step_time.predict(dataclasses.replace(model, vocab_size=size), mesh, cfg, device)
-    except ConfigError as error:
-        return {"refused": str(error)}
-    return {
-        "step_seconds": step.seconds,
-        "tokens_per_second": step.tokens_per_second,
-        "mfu": step.mfu,
-        "bubble_share": step.bubble,
-        "exposed_seconds": step.exposed,
-    }
-
-
-def _told(told: dict[str, Any], name: str) -> list[str]:
-    """The prediction for people."""
-    if "refused" in told:
-        return ["", f"no step time predicted: {told['refused']}"]
-    waits = told["exposed_seconds"]
-    axes = ", ".join(f"{axis} {seconds:.3g}" for axis, seconds in waits.items() if seconds)
-    return [
-        "",
-        f"predicted   {told['step_seconds']:.3g} s a step on {name}, not traced",
-        f"  speed     {told['tokens_per_second']:,.0f} tokens/s, MFU {told['mfu']:.1%}",
-        f"  waiting   bubble {told['bubble_share']:.1%} of the step; messages that nothing hides "
-        f"{sum(waits.values()):.3g} s" + (f": {axes}" if axes else ""),
-    ]
-
-
-def _lines(report: Report, device: hardware.Hardware, dtype: torch.dtype) -> list[str]:
-    """A report for people, at most 100 columns wide."""
-    stages = ", ".join(map(str, report.stages))
-    flops, peak = sum(report.flops.values()), device.peak.get(dtype)
-    least = f", {flops / peak:.3f} s at the peak of {device.name}" if peak else ""
-    by_kind = ", ".join(f"{kind} {n / TERA:.2f}" for kind, n in report.flops.items())
-    lines = [
-        "",
-        f"rank {report.rank}, stage {stages}: {report.parameters:,} parameters (traced in "
-        f"{report.seconds:.1f} s)",
-        f"memory      {_size(report.peak_bytes)} at most, during {report.peak_at}; {device.name}: "
-        f"{device.memory_bytes / GIB:.1f} GiB",
-    ]
-    lines += [f"  {name:10}{_size(report.peak[name])}" for name in CATEGORIES]
-    lines.append(f"operations  {flops / TERA:8.2f} T{least}: {by_kind}")
-    for axis, ops in report.traffic.items():
-        for op, (calls, size) in ops.items():
-            lines.append(f"sent        {_size(size)} in {calls} {op} on {axis}")
-    return lines
-
-
-def _size(count: int) -> str:
-    """Bytes in a unit that leaves at most four digits before the point."""
-    unit, factor = next(((u, f) for u, f in UNITS if count >= f), UNITS[-1])
-    return f"{count / factor:8.2f} {unit}"

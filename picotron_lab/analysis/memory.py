@@ -4,11 +4,12 @@ Idea    What lies on a rank is state, which stays, and activations, which come a
         schedule says: F leaves bytes for backward (saved.py), B trades them for what W needs, BW
         and W free them. The most that is held at a time along the rank's list (in_flight.py) is the
         prediction; on top comes what an operator needs while it runs.
-Exact   state: to the byte. Activations: within 3 %, of experts if routing is even (the tests say
-        where not). Temporaries: the largest of a few; the peak may be 28 % higher, if it is small
+Exact   state: to the byte. Activations, also of token slices: within 3 %, of experts if routing is
+        even (the tests say where not). Temporaries: the largest of a few; the peak may be 28 %
+        higher, if it is small
 Not     what kernels allocate for themselves and what an allocator cannot reuse (meter.py); AdamW's
         step counters; copies of gradients in data_parallel's steps 2 and 3, overlapped and
-        bucketed; a tied weight's old gradient over pp, which its master weight still has
+        bucketed; --token-slices auto, which times decide
 Slides  the Ultra-Scale Playbook's forms for GPT are below, as its text has them. Copies in
         circulation print 3/4 where it is 34, and 1/2 h^2 + 1/3 h where it is 12 h^2 + 13 h.
 Dims    as in model.py
@@ -30,7 +31,7 @@ from picotron_lab.analysis.parameters import (
     state,
 )  # fmt: skip
 from picotron_lab.analysis.saved import Rank
-from picotron_lab.checks import check_run, layers_of, schedule_of
+from picotron_lab.checks import check_run, layers_of, schedule_of, slices_of
 from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig, require
 
 FIRST = Place()
@@ -82,29 +83,37 @@ def predict(
     raises    ConfigError for configs that do not fit together
     """
     check_run(model, mesh, cfg)
-    require(
-        mesh.token_slices == "1",
-        f"--token-slices {mesh.token_slices}: what slices of sequences hold is measured, but not "
-        "predicted; leave it out.",
-    )
     assert model.vocab_size > 0, (
         "the memory of a model cannot be told while vocab_size is 0: open the tokenizer first, "
         "then give its vocabulary size."
     )
-    place = replace(place, pp=rank_of_pipeline)
-    schedule, counts = schedule_of(mesh, cfg), layers_of(model, mesh, cfg)
+    place, lengths = replace(place, pp=rank_of_pipeline), _slices(mesh, cfg)
+    schedule = schedule_of(mesh, cfg, max(1, len(lengths)))
+    counts = layers_of(model, mesh, cfg)
     mine = matrices(model, mesh, cfg, schedule, counts, place)
     stays = state(mine, mesh, cfg, place)
     rank = Rank(model, mesh, cfg, place, kernels and cfg.impl == "fused" and cfg.dtype != "float64")
     each = rank.at.element + rank.at.wide * rank.narrow  # a gradient, and its cast to float32
     largest = each * max(m.size for stage in mine for m in stage)
     ends = schedule.stages - 1 in schedule.placement[place.pp] and not schedule.vocabulary
+    longest = rank.slice_of(max(lengths)) if lengths else rank
     return Footprint(
         stays.parameters, stays.gradients, stays.masters, stays.moments, stays.buffers,
-        activations=max(in_flight.over_time(rank, schedule, counts)),
-        temporaries=max(temporaries(rank, ends, _unit_bytes(rank, mine), largest).values()),
+        activations=max(in_flight.over_time(rank, schedule, counts, lengths)),
+        temporaries=max(temporaries(longest, ends, _unit_bytes(rank, mine), largest).values()),
         update=update(rank, stays),
     )  # fmt: skip
+
+
+def _slices(mesh: MeshConfig, cfg: TrainConfig) -> tuple[int, ...]:
+    """Tokens of each slice of a sequence; none if it is not cut."""
+    lengths = slices_of(mesh, cfg)
+    require(
+        lengths is not None,
+        "--token-slices auto is decided by times that are measured when training begins; try "
+        "--token-slices 4.",
+    )
+    return lengths if len(lengths) > 1 else ()
 
 
 # ---- what comes on top

@@ -81,6 +81,10 @@ def show(args: argparse.Namespace) -> None:
         f"--plot {args.plot} ends in none of {', '.join(PICTURES)}: try --plot plan.png.",
     )
     require(
+        args.plot is None or args.plot.parent.is_dir(),
+        f"--plot {args.plot} lies in a folder that is not there; try --plot plan.png.",
+    )
+    require(
         1 <= args.top <= MOST_ROWS,
         f"--top {args.top} must lie between 1 and {MOST_ROWS}; try --top 10.",
     )
@@ -175,7 +179,7 @@ def table(found: Plan) -> str:
             "",
             *lines,
             "",
-            f"first   {day:.3g} billion tokens a day: {command(best, ask)}",
+            f"first   {_number(day)} billion tokens a day: {command(best, ask)}",
             *(f"second  {why(best, other)}" for other in found.choices[1:2]),
             "Predictions: measure the first few.",
         ]
@@ -185,10 +189,15 @@ def table(found: Plan) -> str:
 def _row(choice: Choice) -> tuple[str, ...]:
     time = choice.time
     return (
-        f"{choice.memory.peak / GIB:.1f}", f"{time.seconds:.3g}", f"{time.tokens_per_second:,.0f}",
+        f"{choice.memory.peak / GIB:.1f}", _number(time.seconds), f"{time.tokens_per_second:,.0f}",
         f"{time.tokens_per_second_per_rank:,.0f}", f"{_tera(choice.flops_per_gpu)}",
         f"{time.mfu:.1%}", time.bottleneck, choice.candidate.options(),
     )  # fmt: skip
+
+
+def _number(value: float) -> str:
+    """Three digits, or all those before the point."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 def _tera(rate: float) -> str:

@@ -12,6 +12,9 @@ Forms   e: bytes of an element, w: the same, but at least 4; N tokens of a rank,
         head      log probabilities w N V; split: naive w N R, 1 and 2 e N R, 2 also dX e N D;
                   fused: dX e N D and dW w R D, where R = V/n
         waiting   for W of a layer: x and dy of each matmul, e N (3 D + 2 H C + 2 K C + 3 F) + e N D
+        slices    of a sequence: as micro-batches of N tokens, whose attention keeps q, out and its
+                  row sums: e N 2 H C + w B H l; keys and values by themselves, as long as the rest
+                  of the sequence needs them: keys_and_values, gradients_of_keys
 Balance R is what comes when all experts are chosen alike; a rank that gets x times as much keeps x
         times as much there
 Dims    as in model.py; R experts: rows that come, head: rows of this rank's words
@@ -36,6 +39,7 @@ class Rank:
     """A rank at work on one micro-batch.
 
     kernels   whether Triton kernels serve: fused path on CUDA, not float64
+    whole     0, or tokens of the sequences of which this micro-batch is a slice
     """
 
     model: ModelConfig
@@ -43,6 +47,12 @@ class Rank:
     cfg: TrainConfig
     place: Place
     kernels: bool = False
+    whole: int = 0
+
+    def slice_of(self, length: int) -> "Rank":
+        """At work on a slice of so many tokens of each sequence."""
+        cfg = replace(self.cfg, sequence_length=length)
+        return replace(self, cfg=cfg, whole=self.cfg.sequence_length)
 
     @cached_property
     def at(self) -> Setting:
@@ -96,12 +106,28 @@ def layer(r: Rank) -> dict[str, int]:
         for name in ("q, k, v", "scores", "row sums", "mixed values"):
             found.pop(name, None)
         found["attention"] = _ulysses(r, H, K)
+    if r.whole:
+        for name in ("q, k, v", "scores", "row sums"):
+            found.pop(name, None)
+        queries = r.at.element * r.at.tokens * H * r.model.head_width
+        found |= {"queries": queries, "row sums": activations.row_sums(r.at, H)}
     if r.model.experts:
         del found["mlp"]
         found |= {"router": _router(r), "experts": _experts(r), "shared": _shared(r)}
         if r.mesh.sequence_parallel:  # experts save the gathered x, not a shard
             found["gathered"] = r.at.element * (r.at.tokens - r.at.own_tokens) * r.model.hidden_size
     return found
+
+
+def keys_and_values(r: Rank, tokens: int) -> int:
+    """Bytes of so many tokens' keys and values, that a layer keeps for later slices."""
+    _, K = activations.own_heads(r.model, r.mesh.tp)
+    return 2 * r.at.element * r.at.batch * tokens * K * r.model.head_width
+
+
+def gradients_of_keys(r: Rank, tokens: int) -> int:
+    """Bytes of what later slices have found for them, as wide as it adds up."""
+    return keys_and_values(r, tokens) // r.at.element * r.at.wide
 
 
 def _ulysses(r: Rank, H: int, K: int) -> int:
@@ -213,7 +239,7 @@ def gradients_in_layer(r: Rank) -> int:
     if r.fused:
         return mlp
     H, _ = activations.own_heads(r.model, r.mesh.tp)
-    return max(mlp, 2 * at.wide * at.batch * H * at.length**2)
+    return max(mlp, 2 * at.wide * at.batch * H * at.length * (r.whole or at.length))
 
 
 def split_head(
