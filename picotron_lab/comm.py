@@ -195,6 +195,11 @@ class Axis:
         call = Call("split", name, 0, caller(), f"ranks {mine[0]}", 0)
         return Axis(name, mine[0], me, self._split(call, mine[0]), self.ledger, self._clock)
 
+    def watched(self, watch: Callable[[Any], Any]) -> "Axis":
+        """This axis with watch(its world) in the place of its world; so are axes split from it."""
+        me, world = self.ranks[self.rank], watch(self._world)
+        return Axis(self.name, self.ranks, me, world, self.ledger, self._clock)
+
     def _check_rank(self, other: int) -> None:
         if other == self.rank or not 0 <= other < self.size:
             others = ", ".join(str(r) for r in range(self.size) if r != self.rank) or "nobody"

@@ -13,6 +13,7 @@ from picotron_lab.comm import Axis
 from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig
 from picotron_lab.generate import generate
 from picotron_lab.log import Log
+from picotron_lab.profile import Profile, ProfiledTrainer
 from picotron_lab.trainer import Trainer
 
 PROMPT = 32  # tokens of the held-out text that the model goes on from
@@ -24,9 +25,10 @@ def train(
     cfg: TrainConfig,
     world: Axis,
     manifest: Manifest | None = None,
+    wanted: Profile | None = None,
 ) -> None:
     """Train from the start, or go on from a checkpoint. Every rank of `world` calls this."""
-    trainer = make_trainer(model_cfg, mesh_cfg, cfg, world)
+    trainer = make_trainer(model_cfg, mesh_cfg, cfg, world, wanted)
     if manifest is not None:
         state.load(trainer, manifest)
     log = Log(Path(cfg.log_file), trainer.first_step, cfg.steps, active=world.rank == 0)
@@ -40,6 +42,8 @@ def train(
             log.step(metrics)
             if "validation_loss" in metrics:
                 log.say(f"step {metrics['step']}: validation loss {metrics['validation_loss']:.4f}")
+            if wanted and metrics["step"] == wanted.last:
+                log.say(trainer.report)
     except torch.OutOfMemoryError:
         parameters = list(trainer.model.parameters())
         raise diagnose.out_of_memory(
@@ -57,10 +61,16 @@ def train(
 
 
 def make_trainer(
-    model_cfg: ModelConfig, mesh_cfg: MeshConfig, cfg: TrainConfig, world: Axis
+    model_cfg: ModelConfig,
+    mesh_cfg: MeshConfig,
+    cfg: TrainConfig,
+    world: Axis,
+    wanted: Profile | None = None,
 ) -> Trainer:
     """A trainer, or one sentence where the model does not fit at all."""
     try:
+        if wanted:
+            return ProfiledTrainer(model_cfg, mesh_cfg, cfg, world, wanted)
         return Trainer(model_cfg, mesh_cfg, cfg, world)
     except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no own
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
