@@ -10,8 +10,9 @@ Again   --recompute full: what the layers' forward sends is sent twice. Fused, t
         with the last tensor that backward needs: a mixture of experts then spares the sum over tp
         that comes last, unless dropout keeps its mask after it
 Even    experts are taken one after the other, choice by choice, each as often as the others, as
-        when balance is perfect. Routers choose by values: with expert parallelism a real run sends
-        other numbers of rows (the same calls); without it choices change nothing here
+        when balance is perfect; a capacity drops what is too much even so. Routers choose by
+        values: with expert parallelism a real run sends other numbers of rows (the same calls);
+        without it choices change nothing here
 Not     evaluation, checkpoints, and --token-slices auto, whose first rank tells all others once
 Dims    as in model.py; e bytes of an element, w of a sum, at least 4; N tokens of this rank
 Read    predict -> layer -> tensor_parallel_regions, attention, experts -> embedding, head, loss ->
@@ -19,6 +20,7 @@ Read    predict -> layer -> tensor_parallel_regions, attention, experts -> embed
 Tests   tests/test_traffic.py: equal to the ledger of every rank
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -88,11 +90,6 @@ def _check_told(model: ModelConfig, mesh: MeshConfig) -> None:
         mesh.token_slices != "auto",
         "--token-slices auto is decided by times, so that messages cannot be told before; try "
         "--token-slices 4.",
-    )
-    require(
-        mesh.ep == 1 or model.capacity_factor == 0,
-        f"--capacity-factor {model.capacity_factor:g} drops what routers decide by values, so that "
-        f"rows over --ep {mesh.ep} cannot be told before; try --capacity-factor 0, or --ep 1.",
     )
 
 
@@ -186,19 +183,25 @@ def balance(r: Rank) -> Iterator[Sent]:
 
 
 def experts(r: Rank) -> Iterator[Sent]:
-    """Rows to experts and back, if all are chosen alike: the contract of expert_parallel.py.
-
-    Of N k choices the first N k mod E experts get one more than the others.
-    """
+    """Rows to experts and back, if all are chosen alike: the contract of expert_parallel.py."""
     E, n, place = r.model.experts, r.mesh.ep, r.place
     if n == 1:
         return
-    rows, rank = r.at.tokens * r.model.top_k, (place.dp * r.mesh.cp + place.cp) % n
-    first = rank * E // n
-    mine = range(first, first + experts_here(r.model, r.mesh, place))
-    come = n * sum(rows // E + (e < rows % E) for e in mine)
+    first = (place.dp * r.mesh.cp + place.cp) % n * E // n
+    rows = routed(r)
+    come = n * sum(rows[first : first + experts_here(r.model, r.mesh, place)])
     width = r.at.element * r.model.hidden_size
-    yield from passed(expert_parallel.contract(rows, come, width, n, E), "ep", forwards(r))
+    yield from passed(expert_parallel.contract(sum(rows), come, width, n, E), "ep", forwards(r))
+
+
+def routed(r: Rank) -> list[int]:
+    """How many of this rank's choices each expert takes. They go to one expert after the other; of
+    a sequence an expert takes no more than its capacity (router.keep)."""
+    E, batch = r.model.experts, r.at.batch
+    each = r.at.tokens // batch * r.model.top_k  # choices of a sequence
+    limit = math.ceil(r.model.capacity_factor * each / E) or each
+    firsts = [[(e - b * each) % E for b in range(batch)] for e in range(E)]
+    return [sum(min(limit, len(range(first, each, E))) for first in of) for of in firsts]
 
 
 # ---- around the layers
