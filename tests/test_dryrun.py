@@ -343,20 +343,13 @@ def split(schedule: str, impl: str, recompute: str) -> tuple:
     return layers, MeshConfig(pp=2, schedule=schedule), changes
 
 
-@pytest.mark.parametrize(
-    ("model", "mesh", "changes"),
-    slow(
-        {
-            f"{schedule}, {impl}, {recompute}": split(schedule, impl, recompute)
-            for schedule in ("zb-h1", "zb-v", "v-half")
-            for impl in ("fused", "plain")
-            for recompute in ("full", "selective")
-        }
-    ),
-)
-def test_split_backward_with_recomputation(model, mesh, changes, cfg):
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("schedule", ["zb-h1", "zb-v", "v-half"])
+@pytest.mark.parametrize("impl", ["fused", "plain"])
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_split_backward_with_recomputation(schedule, impl, recompute, cfg):
     """As test_a_pipeline_is_equal_but_for_messages."""
-    test_a_pipeline_is_equal_but_for_messages(model, mesh, changes, cfg)
+    test_a_pipeline_is_equal_but_for_messages(*split(schedule, impl, recompute), cfg)
 
 
 @pytest.mark.parametrize("as_gpu", [False, True])

@@ -30,7 +30,7 @@ SIXTY = [
     for case in sample(36) + sample(24, PIPELINES)
 ]
 QUICK = (7, 8, 17, 18, 29, 33, 37, 52)
-# Of 6 or 8 ranks, two thirds of the time of all: empty this after a change of a formula.
+# Of 6 or 8 ranks, two thirds of the time of all: exhaustive, as is every third of the others.
 LONG = (0, 1, 21, 25, 27, 30, 32, 36, 38, 39, 41, 42, 44, 46, 48, 50, 53, 56, 57, 59)
 # Beyond 3 %, in per cent: one message between stages, where recomputation leaves little else. Told
 # is that it is held until the receiver takes it by simulated time. On lab threads the receiver runs
@@ -129,11 +129,14 @@ def worst(case, cfg, network=None):
 
 
 def slow_but(numbers):
-    """Of the sample these always, the others with the slow tests, except LONG."""
+    """Of the sample these always, some with the slow tests, the others after a change."""
+
+    def level(i):
+        often = pytest.mark.exhaustive if i in LONG or i % 3 == 0 else pytest.mark.slow
+        return () if i in numbers else often
+
     return [
-        pytest.param(i, marks=() if i in numbers else pytest.mark.slow, id=f"{i} {case.technique}")
-        for i, case in enumerate(SIXTY)
-        if i not in LONG
+        pytest.param(i, marks=level(i), id=f"{i} {case.technique}") for i, case in enumerate(SIXTY)
     ]
 
 

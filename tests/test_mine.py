@@ -11,7 +11,7 @@ from picotron_lab.config import ConfigError
 HERE = Path(__file__).parent
 SOLUTIONS = HERE / "solutions"
 TOGETHER = ["03", "04", "05", "06", "07", "08", "09", "12", "03,05", "05,07", "04,08", "08,12"]
-QUICK = ("04", "06", "09", "03,05")
+QUICK, MORE = ("04", "06", "09", "03,05"), ("07", "12", "04,08", "08,12")
 WRONG = {  # a mutant, and the step at which the curves part: a wrong gradient shows after it
     "03_data_parallel.py::cleared_before_every_microbatch": 1,
     "06_sequence_parallel.py::norms_forgotten": 1,
@@ -21,7 +21,8 @@ WRONG = {  # a mutant, and the step at which the curves part: a wrong gradient s
 
 
 def chosen(names, quick):
-    return [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in names]
+    level = {n: pytest.mark.exhaustive if n in MORE else pytest.mark.slow for n in names}
+    return [pytest.param(n, marks=() if n in quick else level[n]) for n in names]
 
 
 @pytest.mark.parametrize("numbers", chosen(TOGETHER, QUICK))

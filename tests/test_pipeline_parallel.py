@@ -40,6 +40,13 @@ QUICK_FLAVOURS = {2: "recompute, experts", 3: "tied, dropout", 4: "dense"}
 SLOW_FLAVOURS = {2: "tied, experts", 3: "recompute, dropout", 4: "dense", 8: "dense"}
 
 
+def level(slow, p):
+    """Of 4 ranks always or slow; of 2 always or after a change, as all others."""
+    if p == 4:
+        return [pytest.mark.slow] * slow
+    return [pytest.mark.exhaustive] * (slow or p != 2)
+
+
 def matrix():
     """Quick and slow together: every schedule x p with both impls, and with every flavour."""
     for k, name in enumerate(registry.NAMES[:-1]):
@@ -49,7 +56,7 @@ def matrix():
                 flavour = (QUICK_FLAVOURS, SLOW_FLAVOURS)[slow][p]
                 v = STAGES[p] if SHAPES.get(name) == "looped" else 0
                 case = Case(name, p, m, impl, flavour, v)
-                yield pytest.param(case, id=str(case), marks=[pytest.mark.slow] * slow)
+                yield pytest.param(case, id=str(case), marks=level(slow, p))
     yield pytest.param(Case("auto", 3, 4, v=2), id="auto", marks=pytest.mark.slow)
 
 

@@ -92,7 +92,7 @@ def test_no_prediction_is_below_its_bounds(every):
 
 @pytest.mark.parametrize(
     "model, sequence, step",
-    [("llama3-8b", 8192, 999), pytest.param("gpt3-175b", 2048, 199, marks=pytest.mark.slow)],
+    [("llama3-8b", 8192, 999), pytest.param("gpt3-175b", 2048, 199, marks=pytest.mark.exhaustive)],
 )
 def test_bounds_hold_for_large_models(model, sequence, step):
     ask = Question(PRESETS[model], 64, H100, sequence, 64)

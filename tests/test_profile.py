@@ -263,6 +263,7 @@ def test_a_profile_changes_nothing(cfg, tmp_path, mesh):
     assert [found[0] for found in run_ranks(programs.record, 4, mesh, cfg, wanted)] == plain
 
 
+@pytest.mark.slow
 def test_each_process_writes_a_trace(cfg, tmp_path):
     wanted = Profile(tmp_path / "trace.json", first=2, steps=1)
     found = run_processes(programs.record, 2, MeshConfig(dp=2), cfg, wanted)

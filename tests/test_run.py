@@ -78,7 +78,7 @@ def test_threads_and_processes_print_the_same_curve(text, tmp_path):
         assert_same(metrics(tmp_path / name), metrics(tmp_path / "one"), 1e-10)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_launchers(text, tmp_path):
     """Two nodes of one rank each that meet on loopback; test_run_split.py has 4 processes."""
     options = [*text, "--steps", "6", "--dtype", "float64", "--dp", "2"]

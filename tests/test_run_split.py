@@ -14,8 +14,13 @@ EXPERTS = ["--experts", "5", "--shared-experts", "1", "--balance-loss", "0.01", 
            "--balance-speed", "0.001", "--router", "sigmoid"]  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SPLITS)
+def levels(*marks):
+    """The splits, each with its mark."""
+    pairs = zip(SPLITS, marks, strict=True)
+    return [pytest.param(name, marks=getattr(pytest.mark, mark)) for name, mark in pairs]
+
+
+@pytest.mark.parametrize("name", levels("slow", "exhaustive"))
 def test_split_models_print_the_same_curve_and_sample(name, text, tmp_path, capsys):
     """Real processes that share the model, beside one that has all of it."""
     ranks, split = SPLITS[name]

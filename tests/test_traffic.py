@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from test_memory_prediction import SIXTY, chosen_alike
+from test_memory_prediction import LONG, SIXTY, chosen_alike
 
 from picotron_lab import router
 from picotron_lab.analysis import dryrun, traffic
@@ -59,11 +59,13 @@ def check(model, mesh, cfg):
 
 
 def slow_but(names, cases):
-    """Of these cases some always, the rest with the slow tests."""
-    return [
-        pytest.param(*case, id=str(name), marks=() if name in names else pytest.mark.slow)
-        for name, case in cases.items()
-    ]
+    """Of these cases some always, some with the slow tests; LONG ones after a change."""
+
+    def level(name):
+        often = pytest.mark.exhaustive if name in LONG else pytest.mark.slow
+        return () if name in names else often
+
+    return [pytest.param(*case, id=str(name), marks=level(name)) for name, case in cases.items()]
 
 
 @pytest.mark.parametrize("number", slow_but(QUICK, {i: (i,) for i in range(len(SIXTY))}))
