@@ -249,7 +249,7 @@ def uninterrupted(base):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in SOME)) for n in MESHES]
+    "name", [pytest.param(n, marks=[pytest.mark.exhaustive] * (n not in SOME)) for n in MESHES]
 )
 def test_a_checkpoint_of_any_mesh_loads_into_any_other(base, uninterrupted, name, tmp_path):
     """Weights and moments arrive to the last bit; two more steps equal an uninterrupted run."""

@@ -30,7 +30,7 @@ SIXTY = [
     for case in sample(36) + sample(24, PIPELINES)
 ]
 QUICK = (7, 8, 17, 18, 29, 33, 37, 52)
-# Of 6 or 8 ranks, two thirds of the time of all: exhaustive, as is every third of the others.
+# Of 6 or 8 ranks, two thirds of the time of all: exhaustive, as are two of three of the others.
 LONG = (0, 1, 21, 25, 27, 30, 32, 36, 38, 39, 41, 42, 44, 46, 48, 50, 53, 56, 57, 59)
 # Beyond 3 %, in per cent: one message between stages, where recomputation leaves little else. Told
 # is that it is held until the receiver takes it by simulated time. On lab threads the receiver runs
@@ -132,7 +132,7 @@ def slow_but(numbers):
     """Of the sample these always, some with the slow tests, the others after a change."""
 
     def level(i):
-        often = pytest.mark.exhaustive if i in LONG or i % 3 == 0 else pytest.mark.slow
+        often = pytest.mark.exhaustive if i in LONG or i % 3 else pytest.mark.slow
         return () if i in numbers else often
 
     return [
@@ -180,7 +180,7 @@ SLICED_KNOWN = {13: -3.0}  # a message, as in KNOWN
 @pytest.mark.parametrize(
     "number",
     [
-        pytest.param(i, marks=() if i in SLICED_QUICK else pytest.mark.slow)
+        pytest.param(i, marks=() if i in SLICED_QUICK else pytest.mark.exhaustive)
         for i in range(len(SLICED))
     ],
 )

@@ -40,9 +40,9 @@ QUICK_FLAVOURS = {2: "recompute, experts", 3: "tied, dropout", 4: "dense"}
 SLOW_FLAVOURS = {2: "tied, experts", 3: "recompute, dropout", 4: "dense", 8: "dense"}
 
 
-def level(slow, p):
-    """Of 4 ranks always or slow; of 2 always or after a change, as all others."""
-    if p == 4:
+def level(slow, p, k):
+    """Of 4 ranks always or, every other one, slow; of 2 always; all others after a change."""
+    if p == 4 and (not slow or k % 2):
         return [pytest.mark.slow] * slow
     return [pytest.mark.exhaustive] * (slow or p != 2)
 
@@ -56,7 +56,7 @@ def matrix():
                 flavour = (QUICK_FLAVOURS, SLOW_FLAVOURS)[slow][p]
                 v = STAGES[p] if SHAPES.get(name) == "looped" else 0
                 case = Case(name, p, m, impl, flavour, v)
-                yield pytest.param(case, id=str(case), marks=level(slow, p))
+                yield pytest.param(case, id=str(case), marks=level(slow, p, k))
     yield pytest.param(Case("auto", 3, 4, v=2), id="auto", marks=pytest.mark.slow)
 
 
