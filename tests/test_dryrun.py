@@ -86,6 +86,10 @@ def slow(cases: dict) -> list:
     return [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in cases.items()]
 
 
+def rare(cases: dict) -> list:
+    return [pytest.param(*c, id=name, marks=pytest.mark.exhaustive) for name, c in cases.items()]
+
+
 def quick(cases: dict) -> list:
     return [pytest.param(*case, id=name) for name, case in cases.items()]
 
@@ -139,7 +143,7 @@ def test_experts_get_equal_shares(model, mesh, changes, cfg, monkeypatch):
         assert mine.peak_bytes == pytest.approx(real.peak_bytes, rel=0.015)
 
 
-@pytest.mark.parametrize(("model", "mesh", "changes"), quick(PIPELINES) + slow(MORE_PIPELINES))
+@pytest.mark.parametrize(("model", "mesh", "changes"), quick(PIPELINES) + rare(MORE_PIPELINES))
 def test_a_pipeline_is_equal_but_for_messages(model, mesh, changes, cfg):
     """A real sender holds what it sent until it was taken: at most two messages at the peak, one
     forward and one back, which a dry run has given away at once."""

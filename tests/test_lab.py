@@ -272,6 +272,7 @@ def test_a_function_of_a_notebook_cell():
     assert cell["found"] == [[3, 3]] * 3
 
 
+@pytest.mark.exhaustive
 def test_a_real_notebook():
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")

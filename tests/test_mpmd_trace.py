@@ -243,7 +243,7 @@ def random_program(seed):
     return loss_fn
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_programs_and_all_their_mergers(seed):
     """Values go past any number of cuts. Three terms of a sum may be added in another order."""
     loss_fn = random_program(seed)

@@ -167,6 +167,7 @@ def test_tensor_parallelism_leaves_a_node_only_if_nothing_else_fits():
     assert {choice.candidate.mesh.tp for choice in plan(tight).choices} == {4}
 
 
+@pytest.mark.exhaustive
 def test_of_equally_fast_ones_those_with_less_memory_come_first(every, monkeypatch):
     same = replace(every[0][1].time, parts={"matmuls": 1e6})
     monkeypatch.setattr(planner, "predicted", lambda ask, one: same)
@@ -192,6 +193,7 @@ def most_of_all_ranks(one):
     return max(memory.predict(MODEL, one.mesh, one.cfg, r, kernels=True).peak for r in ranks)
 
 
+@pytest.mark.exhaustive
 def test_many_micro_batches_only_if_nothing_else_fits():
     """2048 sequences on one GPU: 2048 micro-batches of one, or 1024 of two, and so on."""
     ask = Question(MODEL, 1, H100, 512, 2048)

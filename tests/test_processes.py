@@ -348,7 +348,7 @@ def test_torchrun_restarts(tmp_path):
     assert "the first attempt fails" in err
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_torchrun_on_two_nodes(tmp_path):
     """Two launchers on this machine: 1 + 2 + 3 + 4 = 10."""
     with socket.socket() as free:

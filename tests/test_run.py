@@ -154,7 +154,9 @@ def wait_for(condition, seconds=90, pause=0.05):
         time.sleep(pause)
 
 
-@pytest.mark.parametrize("moment", ["training", pytest.param("saving", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "moment", ["training", pytest.param("saving", marks=pytest.mark.exhaustive)]
+)
 def test_killed_rank_ends_all_and_the_next_start_goes_on(text, tmp_path, moment):
     saved, every = tmp_path / "saved", {"training": "5", "saving": "1"}[moment]
     options = [*text, "--steps", "100000", "--save-dir", str(saved), "--save-every", every]

@@ -126,6 +126,7 @@ def sent_bytes(model, mesh, cfg):
     ],
     ids=name_of,
 )
+@pytest.mark.exhaustive
 def test_messages_are_those_in_the_ledger(mesh, axis, close, data, tmp_path):
     cfg = run(data=data, cache_dir=str(tmp_path))
     measured = sent_bytes(MODEL, mesh, cfg)
@@ -136,6 +137,7 @@ def test_messages_are_those_in_the_ledger(mesh, axis, close, data, tmp_path):
 @pytest.mark.parametrize(
     "mesh", [MeshConfig(dp=2, ep=2), MeshConfig(dp=4, ep=2, zero=3)], ids=name_of
 )
+@pytest.mark.exhaustive
 def test_messages_of_experts(mesh, data, tmp_path):
     """As many rows as tokens choose, give or take what the routing favours; weights exactly."""
     cfg = run(data=data, cache_dir=str(tmp_path))

@@ -106,6 +106,7 @@ def test_logits_are_gathered_from_uneven_shards(vocab_size):
 
 
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.exhaustive
 def test_shards_tile_the_weights_of_one_device(model):
     """Each element is held once, or by all ranks that the record calls replicas."""
     n, job = build("plain", model)
