@@ -13,14 +13,17 @@ import argparse
 import statistics
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from common import cpu_hardware, describe, markdown
 from cpu import WARM_UP, Row, run_row
 
-from picotron_lab.analysis import step_time
-from picotron_lab.analysis.planner_show import seen_through
-from picotron_lab.analysis.this_machine import measure
-from picotron_lab.config import PRESETS, MeshConfig, TrainConfig
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from picotron_lab.analysis import step_time  # noqa: E402
+from picotron_lab.analysis.planner_show import seen_through  # noqa: E402
+from picotron_lab.analysis.this_machine import measure  # noqa: E402
+from picotron_lab.config import PRESETS, MeshConfig, TrainConfig  # noqa: E402
 
 BYTES, VOCABULARY = 256, 320  # ids of the data; of run.py's own tokenizer 257, rounded up to 64
 TINY = replace(PRESETS["tiny"], vocab_size=VOCABULARY)
