@@ -12,23 +12,26 @@ Memory   a schedule in which all forwards come first against one with backwards 
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from picotron_lab import build, mesh, partition, token_slices
-from picotron_lab.analysis.meter import Meter
-from picotron_lab.analysis.plots import compare
-from picotron_lab.checks import schedule_of, slices_of
-from picotron_lab.clock import Network
-from picotron_lab.comm import Axis
-from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig
-from picotron_lab.dropout import Where
-from picotron_lab.lab import run_ranks
-from picotron_lab.schedules.costs import Costs
-from picotron_lab.schedules.simulate import Timeline, simulate
-from picotron_lab.schedules.slicing import best_slices
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from picotron_lab import build, mesh, partition, token_slices  # noqa: E402
+from picotron_lab.analysis.meter import Meter  # noqa: E402
+from picotron_lab.analysis.plots import compare  # noqa: E402
+from picotron_lab.checks import schedule_of, slices_of  # noqa: E402
+from picotron_lab.clock import Network  # noqa: E402
+from picotron_lab.comm import Axis  # noqa: E402
+from picotron_lab.config import MeshConfig, ModelConfig, TrainConfig  # noqa: E402
+from picotron_lab.dropout import Where  # noqa: E402
+from picotron_lab.lab import run_ranks  # noqa: E402
+from picotron_lab.schedules.costs import Costs  # noqa: E402
+from picotron_lab.schedules.simulate import Timeline, simulate  # noqa: E402
+from picotron_lab.schedules.slicing import best_slices  # noqa: E402
 
 P, T, MICROBATCHES = 4, 64, 8
 MODEL = ModelConfig(vocab_size=64, hidden_size=32, layers=P, heads=4, kv_heads=2, ffn_size=88)
