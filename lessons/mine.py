@@ -12,6 +12,7 @@ Read    main -> plan -> one_device -> on_ranks -> Run -> tell; adapters: kit/par
 
 import argparse
 import math
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from picotron_lab.comm import Axis
 from picotron_lab.config import ConfigError, MeshConfig, ModelConfig, require
 from picotron_lab.dropout import Where
 from picotron_lab.lab import run_ranks
+from picotron_lab.ledger import CommError
 from picotron_lab.model import Llama, initial_value
 from picotron_lab.options import Parser
 
@@ -300,6 +302,12 @@ def main(arguments: Sequence[str]) -> int:
     args = parse(arguments)
     numbers = list(dict.fromkeys(args.mine.split(",")))
     require(args.steps >= 1, f"--steps {args.steps} trains nothing; try --steps 40.")
+    path = Path(args.plot)
+    require(
+        path.parent.is_dir() and path.suffix in (".png", ".pdf", ".svg"),
+        f"--plot {path} must end in .png, .pdf or .svg and lie in a folder that exists; try "
+        "--plot mine.png.",
+    )
     todo = plan(numbers, args.ranks, args.steps, args.lr, Path(args.exercises))
     theirs = one_device(todo)
     try:
@@ -311,7 +319,23 @@ def main(arguments: Sequence[str]) -> int:
         ) from None
     except BadUse as error:
         raise ConfigError(str(error)) from None
-    return tell(theirs, yours, todo, Path(args.plot))
+    except (CommError, ConfigError):
+        raise
+    except Exception as error:
+        raise ConfigError(broken(error, todo)) from error
+    return tell(theirs, yours, todo, path)
+
+
+def broken(error: Exception, todo: Plan) -> str:
+    """A sentence about what the code of a lesson raised: where in its file, and what to do next."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename in todo.files.values()]
+    where = f" at line {own[-1].lineno} of {own[-1].filename}" if own else ""
+    lessons = " and ".join(todo.files)
+    return (
+        f"your code of lesson {lessons} raised {type(error).__name__}{where}: {error}; go on with: "
+        f"python -m lessons check {next(iter(todo.files))}."
+    )
 
 
 def tell(theirs: Sequence[float], yours: Sequence[float], todo: Plan, path: Path) -> int:

@@ -65,6 +65,12 @@ def test_sentences_of_the_command_line(tmp_path, capsys):
     assert "task 03.3 is not started" in capsys.readouterr().err
     assert run.main(["--mine", "05", "--exercises", str(tmp_path)]) == 2
     assert "0 files for lesson 05" in capsys.readouterr().err
+    (folder / "exercise.py").write_text("class Silent:\n    pass\n")
+    assert run.main(["--mine", "03", "--exercises", str(tmp_path)]) == 2
+    assert "your code of lesson 03 raised TypeError" in capsys.readouterr().err
+    for plot in ("no/mine.png", "mine.xyz"):
+        assert run.main(["--mine", "03", "--plot", plot]) == 2
+        assert f"--plot {plot} must end in .png" in capsys.readouterr().err
     assert run.main(["--mine", "03", "--steps", "0"]) == 2
     assert "--steps 0 trains nothing" in capsys.readouterr().err
     assert run.main(["--mine"]) == 2
