@@ -8,6 +8,8 @@ Idea    Backward of y = x W^T has two products: dx = dy W, for which the stage b
                 grads = torch.autograd.grad(y, [x, *parameters], dy, allow_unused=True)
                 jobs, later.jobs = later.jobs, None
             W   of each parameter: its gradient in grads, if any, plus gradient(job) of its jobs
+        Only the optimizer reads dW, so it need not exist by itself. With `later.at_once` a matmul
+        adds to weight.grad, which may be wider: no dW is written, rounded, read and added.
 Holds   a job: x (with sequence parallelism, the gathered one) and dy; nothing else of the graph
 Not     deferred: routers, ChunkedHead and VocabHead, GroupedExperts, what ZeRO-3 lends
 Dims    as in model.py; N = B*T tokens
@@ -35,15 +37,21 @@ class Job(NamedTuple):
 
 
 class Later:
-    """Where the matmuls of one stage leave jobs, in the order of backward; None: nothing waits."""
+    """What the matmuls of one stage do instead of handing dW to autograd.
 
-    jobs: list[Job] | None = None
+    jobs      where they leave jobs, in the order of backward; None: nothing waits
+    at_once   whether they add to weight.grad, if there is one; hooks of the weight run as ever
+    """
+
+    def __init__(self, at_once: bool):
+        self.at_once = at_once
+        self.jobs: list[Job] | None = None
 
 
-def prepare(stage: nn.Module) -> Later:
+def prepare(stage: nn.Module, at_once: bool = False) -> Later:
     """Let the matmuls below `stage` ask whether dW can wait; after materialise. Linear layers
     without bias, and plain heads, give way to modules that hold the same parameters."""
-    later = Later()
+    later = Later(at_once)
     for parent in list(stage.modules()):
         for name, part in list(parent.named_children()):
             if type(part) is nn.Linear and part.bias is None:
@@ -78,25 +86,46 @@ class Head(Linear):
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear; if the weight is prepared and not frozen, backward may leave dW as a job."""
-    may_wait = hasattr(weight, "later") and weight.requires_grad
-    return Matmul.apply(x, weight) if may_wait else F.linear(x, weight)
+    """F.linear; if the weight is prepared and not frozen, dW may go another way in backward.
 
-
-class Matmul(torch.autograd.Function):
-    """x W^T; backward: dx at once, dW now or later."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: nn.Parameter) -> Tensor:
-        ctx.owner = owner(weight)
-        ctx.save_for_backward(x, weight)
+    Backward goes from CatchGradient, which leaves dy, over torch's own product, dx, to KeepInput.
+    Three nodes, because recomputation ends before an operator when all is kept that it needs: one
+    node around the product could keep x only after the product.
+    """
+    if not (hasattr(weight, "later") and weight.requires_grad):
         return F.linear(x, weight)
+    caught: list[Tensor] = []
+    x = KeepInput.apply(x, weight, caught)
+    return CatchGradient.apply(F.linear(x, weight.detach()), caught)
+
+
+class CatchGradient(torch.autograd.Function):
+    """y; backward leaves dy in `caught`."""
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        dx = grad @ weight if ctx.needs_input_grad[0] else None
-        return dx, weight_gradient(ctx.owner, grad, x)
+    def forward(ctx, y: Tensor, caught: list[Tensor]) -> Tensor:
+        ctx.caught = caught
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.caught.append(grad)
+        return grad, None
+
+
+class KeepInput(torch.autograd.Function):
+    """x; backward, which has dx by now: dW of x and the gradient in `caught`, now or later."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: nn.Parameter, caught: list[Tensor]) -> Tensor:
+        ctx.owner, ctx.caught = owner(weight), caught
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        dw = weight_gradient(ctx.owner, ctx.caught.pop(), *ctx.saved_tensors)
+        return dx if ctx.needs_input_grad[0] else None, dw, None
 
 
 def owner(weight: Tensor) -> nn.Parameter | None:
@@ -106,21 +135,33 @@ def owner(weight: Tensor) -> nn.Parameter | None:
 
 
 def weight_gradient(weight: nn.Parameter | None, grad: Tensor, x: Tensor) -> Tensor | None:
-    """dW [F, D] of y = x W^T from grad [..., F] and x [..., D]; or None and a job, if the weight,
-    which is given by its owner(), is not frozen."""
-    jobs = None if weight is None else weight.later.jobs
-    if jobs is None:
+    """dW [F, D] of y = x W^T from grad [..., F] and x [..., D]; None if it waits or has been added,
+    or if the weight, which is given by its owner(), is frozen."""
+    if not takes(weight):
         return product(grad, x)
-    if weight.requires_grad:
-        jobs.append(Job(weight, x.detach(), grad))  # x itself would keep the graph below it
+    if not weight.requires_grad:
+        return None
+    job = Job(weight, x.detach(), grad)  # x itself would keep the graph below it
+    if weight.later.jobs is not None:
+        weight.later.jobs.append(job)
+    else:
+        accumulate(job)
     return None
+
+
+def takes(weight: nn.Parameter | None) -> bool:
+    """Whether the dW of a weight, given by its owner(), goes another way than through autograd."""
+    if weight is None:
+        return False
+    at_once = weight.later.at_once and weight.grad is not None
+    return at_once or weight.later.jobs is not None
 
 
 def weight_gradients(
     weights: Sequence[nn.Parameter | None], grad: Tensor, x: Tensor, rows: Sequence[int]
 ) -> Sequence[Tensor | None]:
-    """weight_gradient of weights [rows[i], D] with one x, grads joined: one matmul, or jobs."""
-    if any(weight is not None and weight.later.jobs is not None for weight in weights):
+    """weight_gradient of weights [rows[i], D] with one x, grads joined: one matmul, or several."""
+    if any(takes(weight) for weight in weights):
         parts = zip(weights, grad.split(rows, -1), strict=True)
         return [weight_gradient(weight, part, x) for weight, part in parts]
     return product(grad, x).split(rows)
@@ -138,13 +179,18 @@ def gradient(job: Job) -> Tensor:
 
 @torch.no_grad()
 def accumulate(job: Job) -> None:
-    """Add dW to weight.grad, which may be wider, in one operation if torch has it. No hooks run."""
+    """Add dW to weight.grad, which may be wider. It runs no hooks itself."""
     if job.weight.grad is None:
         job.weight.grad = zero_gradient(job.weight)
-    total, grad_FN, x_ND = job.weight.grad, job.grad.flatten(0, -2).T, job.x.flatten(0, -2)
-    if total.dtype == x_ND.dtype:
-        total.addmm_(grad_FN, x_ND)
-    elif total.is_cuda and total.dtype == torch.float32 and is_narrow(x_ND.dtype):
-        torch.addmm(total, grad_FN, x_ND, out_dtype=torch.float32, out=total)
+    add_product(job.weight.grad, job.grad.flatten(0, -2), job.x.flatten(0, -2))
+
+
+def add_product(total_FD: Tensor, grad_NF: Tensor, x_ND: Tensor) -> None:
+    """total += dy^T x, in place: total may be wider. One operation if torch has it."""
+    grad_FN = grad_NF.T
+    if total_FD.dtype == x_ND.dtype:
+        total_FD.addmm_(grad_FN, x_ND)
+    elif total_FD.is_cuda and total_FD.dtype == torch.float32 and is_narrow(x_ND.dtype):
+        torch.addmm(total_FD, grad_FN, x_ND, out_dtype=torch.float32, out=total_FD)
     else:
-        total += grad_FN @ x_ND
+        total_FD += grad_FN @ x_ND

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from picotron_lab import deferred
 from picotron_lab.dropout import Where
 from picotron_lab.model import (
     IGNORED,
@@ -163,15 +164,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         dw_VD = wide(torch.zeros_like(w_VD)) if learning else None
         for first in range(0, x_ND.shape[0], chunk):
             rows = slice(first, first + chunk)
-            x_nD, labels_n = x_ND[rows], labels_N[rows]
-            logits_nV = wide(x_nD @ w_VD.T)
-            log_sum_n = logits_nV.logsumexp(-1, keepdim=True)
-            picked_n = logits_nV.gather(1, zero_if_ignored(labels_n)[:, None])
-            loss += ((log_sum_n - picked_n).squeeze(1) * (labels_n != IGNORED)).sum()
-            if learning:
-                grad_nV = logits_to_gradient(logits_nV, log_sum_n, labels_n).to(x_ND.dtype)
-                dx_ND[rows] = grad_nV @ w_VD
-                dw_VD += grad_nV.T @ x_nD
+            into = (dx_ND[rows], dw_VD) if learning else None
+            loss += loss_of_chunk(x_ND[rows], w_VD, labels_N[rows], into)
         if learning:
             ctx.save_for_backward(dx_ND, dw_VD)
             ctx.weight_dtype = w_VD.dtype
@@ -183,15 +177,30 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dx_ND.mul_(factor), dw_VD.mul_(factor).to(ctx.weight_dtype), None, None, None
 
 
-def zero_if_ignored(labels_n: Tensor) -> Tensor:
-    """Labels that can index: 0 where ignored. Other labels outside the vocabulary stay errors."""
-    return labels_n.masked_fill(labels_n == IGNORED, 0)
+def loss_of_chunk(
+    x_nD: Tensor, w_VD: Tensor, labels_n: Tensor, into: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Sum of the losses of n tokens. into: where their dX is written, and their dW is added."""
+    counted_n = labels_n != IGNORED  # other labels outside the vocabulary stay errors
+    word_n1 = labels_n.masked_fill(~counted_n, 0)[:, None]
+    logits_nV = wide(x_nD @ w_VD.T)
+    picked_n1 = logits_nV.gather(1, word_n1)
+    log_sum_n1 = softmax_(logits_nV)
+    loss = ((log_sum_n1 - picked_n1).squeeze(1) * counted_n).sum()
+    if into is not None:
+        dx_nD, dw_VD = into
+        ones_n1 = torch.ones_like(picked_n1)
+        grad_nV = logits_nV.scatter_add_(1, word_n1, -ones_n1).to(x_nD.dtype)
+        torch.mul(grad_nV @ w_VD, counted_n[:, None], out=dx_nD)
+        deferred.add_product(dw_VD, grad_nV, x_nD * counted_n[:, None])
+    return loss
 
 
-def logits_to_gradient(logits_nV: Tensor, log_sum_n: Tensor, labels_n: Tensor) -> Tensor:
-    """softmax - onehot(label), written over the logits; 0 for ignored tokens."""
-    counted_n = labels_n != IGNORED
-    grad_nV = logits_nV.sub_(log_sum_n).exp_()
-    picked_n = zero_if_ignored(labels_n)[:, None]
-    grad_nV.scatter_add_(1, picked_n, -counted_n.to(grad_nV.dtype)[:, None])
-    return grad_nV.mul_(counted_n[:, None])
+def softmax_(logits_nV: Tensor) -> Tensor:
+    """Logits become probabilities, in place; returns log sum exp of each row, [n, 1].
+
+    log p = logit - log sum exp holds for every word; for the likeliest one p cannot be near 0.
+    """
+    largest_n1 = logits_nV.amax(-1, keepdim=True)
+    torch.softmax(logits_nV, -1, out=logits_nV)
+    return largest_n1 - logits_nV.amax(-1, keepdim=True).log()

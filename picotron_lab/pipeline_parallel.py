@@ -97,7 +97,7 @@ class Executor:
     pretend        seconds that an item takes, beside its computation, if somebody wants to see one
     """
 
-    make_channels = Channels
+    make_channels, at_once = Channels, False
 
     def __init__(
         self,
@@ -118,7 +118,8 @@ class Executor:
         self.synchronisers, self.words = synchronisers, words
         self.channels = self.make_channels(axis, schedule)
         apart = {action.stage for action in actions if action.kind == "W"}
-        self.later = {s: deferred.prepare(stages[s]) for s in sorted(apart)}
+        prepared = stages if self.at_once else apart
+        self.later = {s: deferred.prepare(stages[s], self.at_once) for s in sorted(prepared)}
         self.kept: dict[Spot, Kept] = {}
         self.owed: dict[Spot, Owed] = {}
         self.local: dict[tuple[str, Spot], Tensor] = {}  # for a stage of this rank
@@ -134,7 +135,7 @@ class Executor:
         first, stage = next(iter(self.stages.items()))
         self.batches, dtype = batches, at_least_float32(next(stage.parameters()).dtype)
         device = self._batch(Action("F", first))[0].device
-        self.share = torch.tensor(1 / tokens, dtype=dtype, device=device)
+        self.share = torch.full((), 1 / tokens, dtype=dtype, device=device)  # no wait, as a copy
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for synchroniser in self.synchronisers.values():
             synchroniser.begin_step()
@@ -313,10 +314,10 @@ class Executor:
 
 
 class FusedExecutor(Executor):
-    """Posts receives ahead. A deferred matmul adds straight to weight.grad, in its dtype; only in
-    a stage's last W do gradients go through autograd, because hooks there start the reduction."""
+    """Posts receives ahead. Matmuls add dW straight to weight.grad, in its dtype; only in a stage's
+    last W does it go through autograd, because hooks there start the reduction."""
 
-    make_channels = PostedChannels
+    make_channels, at_once = PostedChannels, True
 
     def _multiply(self, job: deferred.Job, gradients: dict, last: bool) -> None:
         if last or job.weight.grad is None:

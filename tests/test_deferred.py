@@ -9,6 +9,7 @@ import torch
 import zero_programs
 from test_recompute import ALL, CONFIGS, batch, build
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from picotron_lab import deferred, recompute, sharding, zero
 from picotron_lab.analysis.meter import Meter
@@ -217,6 +218,62 @@ def test_accumulate(device, narrow, wide, before):
     exact = narrow == torch.float32 or (wide == torch.float32 and device == "cuda")
     error = (weight.grad - expected).abs().max() / expected.abs().max()
     assert error < (1e-6 if exact else 2**-8)
+
+
+@pytest.mark.parametrize(("kind", "impl"), [("none", "plain"), ("full", "fused")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_at_once(kind, impl, dtype):
+    """Added to gradients that are there, with hooks after each; two backwards add up."""
+    models = [build(CONFIGS["grouped"], k, impl, dtype=dtype) for k in (kind, "none")]
+    calls = []
+    for model in models:
+        accumulate_in(trained(model), torch.promote_types(dtype, torch.float32))
+        for parameter in trained(model):
+            parameter.grad = sharding.zero_gradient(parameter)
+    first, seen = {}, of(models[0])
+    for parameter in trained(models[0]):
+        first[parameter.record.name] = parameter.grad.data_ptr()
+        parameter.register_post_accumulate_grad_hook(
+            lambda p: calls.append((p.record.name, p.grad.abs().sum() > 0))
+        )
+    deferred.prepare(models[0], at_once=True)
+    for model in models:
+        for _ in range(2):
+            model(*batch()).backward()
+    assert {name: gradient.data_ptr() for name, gradient in seen.items()} == first
+    assert sorted(calls) == sorted([(name, True) for name in first] * 2), "each hook saw its sum"
+    assert_close(of(models[0]), of(models[1]), *([0.02] if dtype == torch.bfloat16 else []))
+
+
+def test_at_once_makes_no_gradient_of_its_own():
+    """Of a weight of 7 x 5 there is the gradient alone, and without one autograd makes it."""
+    linear = nn.Sequential(nn.Linear(5, 7, bias=False))
+    deferred.prepare(linear, at_once=True)
+    (weight,) = linear.parameters()
+    x = torch.randn(3, 5, requires_grad=True)
+    linear(x).sum().backward()
+    expected = x.detach().sum(0).expand(7, 5)
+    torch.testing.assert_close(weight.grad, expected)
+    y = linear(x).sum()
+    with Shapes() as shapes:
+        y.backward()
+    torch.testing.assert_close(weight.grad, 2 * expected)
+    assert (7, 5) not in shapes.made
+
+
+class Shapes(TorchDispatchMode):
+    """Shapes of what operators make: neither views nor what they change in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage()._cdata not in given:
+            self.made.add(tuple(result.shape))
+        return result
 
 
 # ---- recomputation's plain path and torch.autograd.grad

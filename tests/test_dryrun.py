@@ -24,14 +24,14 @@ ADAMW, BF16 = {"optimizer": "adamw", "lr": 0.01}, {"dtype": "bfloat16"}
 SMALL = {"micro_batch_size": 2}
 ZIGZAG = MeshConfig(cp=2, cp_kind="zigzag")
 ALONE = {  # without a pipeline: equal to the byte
-    "one device, AdamW": (DENSE, MeshConfig(), {**PLAIN, **ADAMW, "micro_batch_size": 3}),
     "recompute, dropout": (DENSE, MeshConfig(), {**FUSED, "recompute": "full", "dropout": 0.3}),
     "dp, silent, bf16, tied": (TIED, MeshConfig(dp=2), {**FUSED, **BF16, **ADAMW, **SMALL}),
     "zero 3": (DENSE, MeshConfig(dp=3, zero=3), {**FUSED, **ADAMW, **SMALL}),
     "tp, sp": (DENSE, MeshConfig(tp=4, sequence_parallel=True), FUSED),
-    "cp": (DENSE, ZIGZAG, {**FUSED, **SMALL}),
 }
+RARE = {"one device, AdamW": (DENSE, MeshConfig(), {**PLAIN, **ADAMW, "micro_batch_size": 3})}
 MORE = {
+    "cp": (DENSE, ZIGZAG, {**FUSED, **SMALL}),
     "zero 1": (DENSE, MeshConfig(dp=3, zero=1), {**FUSED, **ADAMW, **SMALL}),
     "selective": (DENSE, MeshConfig(), {**PLAIN, "recompute": "selective"}),
     "bf16": (DENSE, MeshConfig(), {**PLAIN, **BF16, **ADAMW}),
@@ -49,9 +49,9 @@ MORE = {
 }
 PIPELINES = {
     "1f1b": (DENSE, MeshConfig(pp=2), {**PLAIN, **SMALL}),
-    "zb-h1, bf16": (DENSE, MeshConfig(pp=2, schedule="zb-h1"), {**FUSED, **BF16, **SMALL}),
 }
 MORE_PIPELINES = {
+    "zb-h1, bf16": (DENSE, MeshConfig(pp=2, schedule="zb-h1"), {**FUSED, **BF16, **SMALL}),
     "afab, fused": (DENSE, MeshConfig(pp=2, schedule="afab"), {**FUSED, **SMALL}),
     "interleaved": (DEEP, MeshConfig(pp=2, schedule="interleaved"), {**FUSED, **SMALL}),
     "zb-v": (DEEP, MeshConfig(pp=2, schedule="zb-v"), {**PLAIN, **SMALL}),
@@ -68,9 +68,9 @@ MORE_PIPELINES = {
 ONE, TWO_EP = {"micro_batch_size": 1}, MeshConfig(dp=2, ep=2)
 ROUTED = {
     "experts": (EXPERTS, MeshConfig(), PLAIN),
-    "ep, fused": (EXPERTS, TWO_EP, {**FUSED, **SMALL}),
 }
 MORE_ROUTED = {
+    "ep, fused": (EXPERTS, TWO_EP, {**FUSED, **SMALL}),
     "ep, dropping": (DROPPING, TWO_EP, {**PLAIN, **ONE}),
     "recompute": (EXPERTS, MeshConfig(), {**FUSED, **ONE, "recompute": "full"}),
     "groups, zero 1": (BALANCED, MeshConfig(dp=2, ep=2, zero=1), {**FUSED, **ONE}),
@@ -117,7 +117,7 @@ def without_memory(report: Report) -> Report:
 # ---- beside lab threads
 
 
-@pytest.mark.parametrize(("model", "mesh", "changes"), quick(ALONE) + slow(MORE))
+@pytest.mark.parametrize(("model", "mesh", "changes"), quick(ALONE) + slow(MORE) + rare(RARE))
 def test_equal_to_a_real_run(model, mesh, changes, cfg):
     cfg = replace(cfg, **changes)
     real = real_runs(model, mesh, cfg)
@@ -160,7 +160,10 @@ def test_a_pipeline_is_equal_but_for_messages(model, mesh, changes, cfg):
 @pytest.mark.parametrize(
     "mesh",
     [
-        MeshConfig(tp=2, sequence_parallel=True, vocab_parallel="1"),
+        pytest.param(
+            MeshConfig(tp=2, sequence_parallel=True, vocab_parallel="1"),
+            marks=pytest.mark.exhaustive,
+        ),
         MeshConfig(pp=2, schedule="zb-h1"),
         pytest.param(ZIGZAG, marks=pytest.mark.slow),
         pytest.param(MeshConfig(pp=2, schedule="1f1b-vocab2"), marks=pytest.mark.slow),
@@ -180,6 +183,7 @@ def test_a_gpu_keeps_less_and_computes_and_sends_the_same(mesh, cfg):
 # ---- beside figures worked by hand
 
 
+@pytest.mark.exhaustive  # left to a run after a change
 def test_llama_70b_on_640_gpus():
     """tp 8, pp 20 of 4 layers, dp 4, zero 1; the first stage also has an eighth of the embedding.
 
@@ -358,9 +362,9 @@ def test_split_backward_with_recomputation(schedule, impl, recompute, cfg):
 
 @pytest.mark.parametrize("as_gpu", [False, True])
 def test_operations_of_split_backward_with_recomputation(as_gpu, cfg):
-    """The layer's forward runs again in B, with the last matmul, which is one operator with what
-    it keeps. F: 2 N W and attention's 4 N T H C; B: that, as much for dx, and 10 N T H C, for flash
-    forms the scores again; W: 2 N W. N = 4 micro-batches of 3 x 16 tokens."""
+    """The layer's forward runs again in B, without the last matmul, which backward does not need.
+    F: 2 N W and attention's 4 N T H C; B: that, less 2 N D F, as much as 2 N W for dx, and 10 N T H
+    C, for flash forms the scores again; W: 2 N W. N = 4 micro-batches of 3 x 16 tokens."""
     if as_gpu:
         pytest.importorskip("triton")
     cfg = replace(cfg, **FUSED, micro_batch_size=3, recompute="full", dtype="bfloat16")
@@ -368,4 +372,5 @@ def test_operations_of_split_backward_with_recomputation(as_gpu, cfg):
     N, T, D = 12 * 16, 16, 32
     weights = 2 * N * (cost.matmul_parameters(DENSE) - 320 * D) // 2  # one of the two layers
     forward = weights + 4 * N * T * D
-    assert flops == {"F": forward, "B": forward + weights + 10 * N * T * D, "W": weights}
+    again = forward - 2 * N * D * 72
+    assert flops == {"F": forward, "B": again + weights + 10 * N * T * D, "W": weights}

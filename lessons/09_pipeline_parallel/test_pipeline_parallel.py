@@ -350,7 +350,7 @@ def whole_backward(case: Layers) -> tuple[list[list[Tensor]], list[list[Tensor]]
     return dxs, dws
 
 
-@task("09.3", points=5, minutes=20, compare="picotron_lab.deferred:Matmul")
+@task("09.3", points=5, minutes=20, compare="picotron_lab.deferred:linear")
 def test_split_backward(attempt: Any) -> None:
     """Backward in two parts: B now, W later."""
     rng, m = attempt.rng, attempt.rng.randint(2, 4)

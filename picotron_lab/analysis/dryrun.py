@@ -302,6 +302,7 @@ def formulas() -> dict[Any, Callable]:
     return {
         **flop_registry,
         aten.addmm: _addmm,
+        aten.addmm_: _addmm,
         aten._scaled_dot_product_flash_attention: there,
         aten._scaled_dot_product_flash_attention_backward: back,
         aten._scaled_dot_product_flash_attention_for_cpu: there,

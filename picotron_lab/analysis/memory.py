@@ -159,7 +159,8 @@ def loss_in_chunks(r: Rank) -> int:
     """Bytes while the fused loss makes dX and dW, beside these: fused.py's LinearCrossEntropy, over
     tp vocab_parallel.py's Loss. 0 where all logits are made at once.
 
-    Alone   a chunk's logits, widened where narrow, live until the next chunk's are there
+    Alone   a chunk's logits, widened where narrow; on a CPU a narrow chunk's part of dW is made
+            before it is added
     Over tp the next chunk's S runs before T of this one
     """
     model, tp, N = r.model, r.mesh.tp, r.at.tokens
@@ -170,9 +171,9 @@ def loss_in_chunks(r: Rank) -> int:
         first = min(N, max(rows, model.hidden_size))
         return _split_chunks(r, first, min(N - first, first))
     first = min(N, max(1, CHUNK[r.kernels] // model.vocab_size))
-    both, one = first + min(N - first, first), r.at.wide + r.at.element * r.narrow
-    product = r.at.element * model.hidden_size  # a chunk's part of dW
-    return model.vocab_size * max(one * both, one * first + product)
+    one = r.at.wide + r.at.element * r.narrow
+    product = r.at.element * model.hidden_size if r.narrow and not r.kernels else 0
+    return model.vocab_size * (one * first + product)
 
 
 def _split_chunks(r: Rank, n: int, following: int) -> int:
