@@ -48,11 +48,12 @@ class MasterWeights:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Round the stepped master weights into the parameters. Their gradients go: else the next
-        step would hold both these and its own."""
+        """Round the stepped master weights into the parameters, unless the optimizer did. Their
+        gradients go: else the next step would hold both these and its own."""
         for parameter, weight in self._narrow():
-            parameter.copy_(weight)
-            weight.grad = None
+            if not weight.is_published:
+                parameter.copy_(weight)
+            weight.grad, weight.is_published = None, False
 
     def pieces(self) -> list[tuple[Record, Tensor]]:
         """The float32 copies with their records, for checkpoints."""
@@ -71,4 +72,6 @@ def _master(parameter: nn.Parameter) -> nn.Parameter:
         return parameter
     weight = nn.Parameter(parameter.detach().float())
     weight.record = parameter.record
+    # an optimizer may write the parameter as it steps, and says so: optim.KernelAdamW
+    weight.rounded, weight.is_published = parameter, False
     return weight

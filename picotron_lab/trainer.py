@@ -155,7 +155,8 @@ class Trainer:
 
     def _clip_and_step(self) -> float:
         """All ranks learn the norm, then step."""
-        norm = float(optim.clip(self.parameters, self.cfg.clip, self.mesh.world, self.axes))
+        world, limit = self.mesh.world, self.cfg.clip
+        norm = float(optim.clip(self.parameters, limit, world, self.axes, self.optimizer))
         if math.isfinite(norm):
             self.masters.take_gradients()
             self.optimizer.step()

@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import test_kernels_adamw
 import test_kernels_merge
 import test_kernels_permute
 import triton
@@ -123,6 +124,7 @@ if __name__ == "__main__":
         "vocab": vocab_cases(),
         "merge": test_kernels_merge.cases(),
         "permute": test_kernels_permute.cases(),
+        "adamw": test_kernels_adamw.cases(),
     }
     facts = {
         group: {name: compile_case(*case) for name, case in cases.items()}

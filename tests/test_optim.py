@@ -69,6 +69,41 @@ def test_fused_optimizer_is_really_chosen():
     assert not any(group["fused"] for group in plain.param_groups)
 
 
+def test_the_kernel_is_chosen_where_it_serves(monkeypatch):
+    """CUDA is made up. A step that may be taken back must not write the parameters, see
+    KernelAdamW."""
+    kernel = optim.KernelAdamW
+    assert type(optim.build([parameter([1.0])], TrainConfig(impl="fused"))) is torch.optim.AdamW
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for dtype, changes, kind in (
+        (torch.float32, {}, kernel),
+        (torch.float32, {"impl": "plain"}, torch.optim.AdamW),
+        (torch.float32, {"optimizer": "sgd"}, torch.optim.SGD),
+        (torch.float32, {"post_validation": True}, torch.optim.AdamW),
+        (torch.float64, {}, torch.optim.AdamW),
+    ):
+        cfg = TrainConfig(**{"impl": "fused", "lr": 0.01, "min_lr": 0.0, **changes})
+        optimizer = optim.build([parameter([[1.0]], dtype), parameter([1.0])], cfg)
+        assert type(optimizer) is kind, changes
+        if kind is kernel:
+            decays = [group["weight_decay"] for group in optimizer.param_groups]
+            assert decays == [cfg.weight_decay, 0.0] and cfg.weight_decay > 0
+
+
+@pytest.mark.parametrize(("limit", "scale"), [(0.0, None), (0.5, 0.1), (100.0, 1.0)])
+def test_clipping_may_be_left_to_the_optimizer(limit, scale):
+    """Norm 5, and gradients stay as they are."""
+    weight = parameter([[1.0, 2.0]])
+    weight.grad = torch.tensor([[3.0, 4.0]])
+    optimizer = optim.KernelAdamW([{"params": [weight]}], 0.1)
+    assert optim.clip([weight], limit, ALONE, {}, optimizer).item() == pytest.approx(5)
+    assert weight.grad.tolist() == [[3, 4]]
+    assert (optimizer.scale is None) == (scale is None)
+    if scale is not None:
+        assert optimizer.scale.dtype == torch.float32
+        assert optimizer.scale.item() == pytest.approx(scale, rel=1e-6)
+
+
 def test_tiny_updates_add_up_in_master_weights():
     """1 - 100 * 1e-3 in bf16 stays 1: each update is below half of its last bit."""
     p = parameter([[1.0]], torch.bfloat16)
