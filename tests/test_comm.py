@@ -20,14 +20,16 @@ from picotron_lab.processes import run_processes
 # ---- the worlds
 
 
-@pytest.mark.parametrize("seed", [None, 1, 2])
+@pytest.mark.parametrize("seed", [None, 1, pytest.param(2, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 def test_threads(check, size, seed):
     run_ranks(check, size, seed=seed)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "size", [1, 2, pytest.param(3, marks=pytest.mark.exhaustive), 4]  # 3: after a change
+)
 def test_processes(size):
     run_processes(run_all, size, timeout=60)
 

@@ -20,6 +20,7 @@ from picotron_lab.context_parallel import chunks, positions
 from picotron_lab.lab import run_ranks
 
 FORMS = {"plain": activations, "fused": fused_activations}
+RARE = pytest.mark.exhaustive  # more of what others sample
 every_path = pytest.mark.parametrize("path", FORMS)
 
 # ---- one device, fused
@@ -30,9 +31,9 @@ every_path = pytest.mark.parametrize("path", FORMS)
     ("name", "dtype", "rate"),
     [
         ("grouped", torch.bfloat16, 0.3),
-        ("no groups", torch.float32, 0.0),
+        pytest.param("no groups", torch.float32, 0.0, marks=RARE),
         ("tied", torch.float64, 0.3),
-        ("tied", torch.bfloat16, 0.0),
+        pytest.param("tied", torch.bfloat16, 0.0, marks=RARE),
     ],
 )
 def test_a_fused_model_keeps_what_the_formula_says(kind, impl, name, dtype, rate):
@@ -45,7 +46,7 @@ def test_a_fused_model_keeps_what_the_formula_says(kind, impl, name, dtype, rate
 
 
 @pytest.mark.parametrize("kind", ["none", "full"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=RARE)])
 def test_kernels_keep_what_the_formula_says(monkeypatch, device, kind, dtype):
     """On a GPU; without one the kernels run in Triton's interpreter, and the first norm of a block,
     which is torch's on a GPU, is our kernel, which keeps the same."""
@@ -91,7 +92,7 @@ def small_case(n, path, kind, dtype, **changes):
 
 @every_path
 @pytest.mark.parametrize("kind", ["ring", "zigzag", "all-gather"])
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=RARE)])
 @pytest.mark.parametrize(
     ("dtype", "again"),
     [(torch.bfloat16, "none"), (torch.bfloat16, "full"), (torch.float32, "none")],
@@ -145,8 +146,10 @@ def kept_in_a_mesh(world, job, tp):
 
 
 @every_path
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("cp", "sequence"), [(1, True), (2, False), (2, True)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=RARE)])
+@pytest.mark.parametrize(
+    ("cp", "sequence"), [(1, True), pytest.param(2, False, marks=RARE), (2, True)]
+)
 def test_a_layer_on_two_tensor_parallel_ranks(path, dtype, cp, sequence):
     """The head is shared in several ways, so a layer: of 2, what 1 does not keep."""
     job = tensor_programs.Job(impl=path, fused_model=path == "fused", sequence=sequence, T=24)

@@ -21,6 +21,7 @@ def test_technique_prints_its_contract(name, capsys):
     assert not missing, f"{name} prints a table without {missing}: show both, side by side"
 
 
+@pytest.mark.slow  # left to CI
 def test_a_program_runs_from_the_shell():
     """One of them: that they need nothing which is here already."""
     command = [sys.executable, "-m", "picotron_lab.zero"]

@@ -123,6 +123,7 @@ def test_folder_is_read_in_order_of_paths(tmp_path: Path) -> None:
     assert len(list(cache.iterdir())) == 3, "two token files and one tokenizer, written once"
 
 
+@pytest.mark.slow  # left to CI
 def test_default_corpus_is_the_standard_library(tmp_path: Path) -> None:
     tokenizer, tokens = prepare(None, "bytes", tmp_path)
     assert len(tokens) > 1_000_000 and tokens.dtype == np.uint16

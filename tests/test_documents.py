@@ -134,7 +134,9 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("cfg", [CFG, EXPERTS], ids=["dense", "experts"])
-@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize(
+    "rate", [pytest.param(0.0, marks=pytest.mark.exhaustive), 0.2]  # without: after a change
+)
 def test_packed_documents_equal_documents_run_separately(way, cfg, rate):
     logits, expected = separately(cfg, rate)
     model, (tokens, labels) = build(cfg, rate=rate, **way), batch()

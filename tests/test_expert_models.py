@@ -161,11 +161,14 @@ MODELS = {
     "8 ranks, tied": Job(replace(SMALL, experts=8, tied=True), MeshConfig(dp=8, ep=8)),
     "replicas alone": Job(mesh=MeshConfig(dp=2, ep=1)),
 }
+RARE = pytest.mark.exhaustive  # more of what the others sample
 PATHS = {"plain": {}, "fused": {"impl": "fused", "fused_model": True}}
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[RARE] * (name == "8 ranks, tied")) for name in MODELS]
+)
 def test_a_model_equals_one_device(name, path):
     assert_equals_one_device(replace(MODELS[name], **PATHS[path]))
 
@@ -185,15 +188,17 @@ def test_three_clipped_steps_of_sgd(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("kind", ["selective", "full"])
-@pytest.mark.parametrize("name", ["3 ranks, unequal shares", "4 ranks, as DeepSeek-V3"])
+@pytest.mark.parametrize("kind", [pytest.param("selective", marks=RARE), "full"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("3 ranks, unequal shares", marks=RARE), "4 ranks, as DeepSeek-V3"]
+)
 def test_recomputation(name, kind, path):
     """Rows travel a second time; penalties and choices count once."""
     assert_equals_one_device(replace(MODELS[name], recompute=kind, **PATHS[path]))
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("sequence", [pytest.param(False, marks=RARE), True])
 @pytest.mark.parametrize("kind", ["none", "full"])
 def test_inside_tensor_parallelism(path, sequence, kind):
     """A grid of 2 x 2: each expert on one rank of ep, and its columns on both ranks of tp."""

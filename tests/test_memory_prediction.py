@@ -29,7 +29,7 @@ SIXTY = [
     dataclasses.replace(case, mesh=dataclasses.replace(case.mesh, token_slices="1"))
     for case in sample(36) + sample(24, PIPELINES)
 ]
-QUICK = (7, 8, 17, 18, 29, 33, 37, 52)
+QUICK = (7, 8, 18, 29, 33)
 # Of 6 or 8 ranks, two thirds of the time of all: exhaustive, as are two of three of the others.
 LONG = (0, 1, 21, 25, 27, 30, 32, 36, 38, 39, 41, 42, 44, 46, 48, 50, 53, 56, 57, 59)
 # Beyond 3 %, in per cent: one message between stages, where recomputation leaves little else. Told
@@ -173,7 +173,7 @@ SLICED = [  # pp, schedule, token slices, and options
     (2, "terapipe", "4", {"dtype": "bfloat16", "impl": "fused"}),
     (4, "1f1b", "2", {"recompute": "full"}),
 ]  # fmt: skip
-SLICED_QUICK = (1, 4, 5)
+SLICED_QUICK = (1,)
 SLICED_KNOWN = {13: -3.0}  # a message, as in KNOWN
 
 
@@ -242,7 +242,14 @@ def test_what_uneven_routing_changes(number, tmp_path):
     assert abs(worst(case, configured(case, tmp_path))[0] - UNEVEN[number]) < 2
 
 
-@pytest.mark.parametrize("case", BFLOAT16, ids=lambda case: case.technique)
+@pytest.mark.parametrize(
+    "case",
+    [
+        # two of four are left to a run after a change
+        pytest.param(case, id=case.technique, marks=[pytest.mark.exhaustive] * (i in (1, 2)))
+        for i, case in enumerate(BFLOAT16)
+    ],
+)
 def test_bfloat16_has_masters_and_wide_gradients(case, tmp_path):
     activations, _ = worst(case, configured(case, tmp_path, dtype="bfloat16"))
     assert abs(activations) < 3

@@ -96,6 +96,7 @@ def test_three_steps_are_those_of_one_device(there: tuple[Remote, list]):
     assert sent == 3 * remote.program.transfer_bytes + copies
 
 
+@pytest.mark.slow  # left to CI
 def test_a_task_that_fails_is_named(there: tuple[Remote, list]):
     remote, batches = there
     wrong = {**batches[1], "tokens": batches[1]["tokens"] + 1}
@@ -112,6 +113,7 @@ def test_an_actor_that_is_killed_is_named(there: tuple[Remote, list]):
     assert fails(remote, batches) == "actor 2 ended with exit code -9."
 
 
+@pytest.mark.exhaustive  # left to a run after a change
 def test_a_function_that_others_cannot_import(there: tuple[Remote, list], monkeypatch):
     """What cannot be pickled is refused before any actor is asked, so the next question is well.
     What only the controller can import, an actor says."""
@@ -130,6 +132,7 @@ def test_a_function_that_others_cannot_import(there: tuple[Remote, list], monkey
     assert "define it at the top level of a .py file" in sentence
 
 
+@pytest.mark.exhaustive  # left to a run after a change
 def test_an_actor_that_ends_as_unguarded_scripts_do(there: tuple[Remote, list]):
     remote, batches = there
     remote(batches)
@@ -149,6 +152,7 @@ def transposed(params, x):
     return (x.t().reshape(-1).view(4, WIDTH) @ params["a"]).square().sum()
 
 
+@pytest.mark.exhaustive  # left to a run after a change
 def test_values_keep_their_strides(there: tuple[Remote, list]):
     controller = there[0].controller
     params, x = {"a": example()[0]["a"]}, torch.ones(4, WIDTH, dtype=torch.float64)

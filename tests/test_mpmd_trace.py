@@ -201,6 +201,7 @@ def test_tasks_hold_for_another_batch(bodies, program):
     same(run(bodies[program], params, batch, order), expected(program, params, batch))
 
 
+@pytest.mark.exhaustive  # left to a run after a change
 def test_llama():
     """Shared key heads, a tied embedding, dropout, labels that do not count."""
     cfg = ModelConfig(

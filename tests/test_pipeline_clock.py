@@ -22,6 +22,13 @@ ONLY_WITHOUT_LATENCY = ("1f1b-interlaced", "1f1b-vocab2", "v-half-vocab2")
 LATENT = [name for name in registry.NAMES if name not in ONLY_WITHOUT_LATENCY]
 
 
+def sampled():
+    """Those that run with latency, too, after a change."""
+    for name in registry.NAMES:
+        if name != "1f1b-vocab2":
+            yield pytest.param(name, marks=[pytest.mark.exhaustive] * (name in LATENT))
+
+
 def uneven(schedule, latency=0.0):
     """Stages that take 1, 1.5 and 2 times as long in turn; any message, any sum takes `latency`."""
     factors = tuple(1 + 0.5 * (s % 3) for s in range(schedule.stages))
@@ -55,7 +62,7 @@ def test_a_step_by_hand():
 
 
 # Algorithm 2's second sum starts between two actions, not within one: see test_equal_stages
-@pytest.mark.parametrize("name", [name for name in registry.NAMES if name != "1f1b-vocab2"])
+@pytest.mark.parametrize("name", list(sampled()))
 def test_uneven_stages(name):
     schedule = registry.build(name, 4, 8)
     assert not differences(schedule, uneven(schedule), "fused", seed=1)
@@ -87,7 +94,11 @@ def test_more_ranks_and_long_transfers(name):
         assert not differences(schedule, costs, impl, seed=p), p
 
 
-@pytest.mark.parametrize("name", ["1f1b", "zb-v", "dualpipe-v", "1f1b-vocab1", "1f1b-interlaced"])
+# left to a run after a change
+RARE = [pytest.param(n, marks=pytest.mark.exhaustive) for n in ("1f1b-vocab1", "1f1b-interlaced")]
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-v", "dualpipe-v", *RARE])
 def test_who_runs_next_changes_no_time(name):
     schedule = registry.build(name, 3, 6)
     costs = uneven(schedule, 0.25 if name in LATENT else 0.0)

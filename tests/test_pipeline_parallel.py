@@ -40,11 +40,13 @@ QUICK_FLAVOURS = {2: "recompute, experts", 3: "tied, dropout", 4: "dense"}
 SLOW_FLAVOURS = {2: "tied, experts", 3: "recompute, dropout", 4: "dense", 8: "dense"}
 
 
-def level(slow, p, k):
-    """Of 4 ranks always or, every other one, slow; of 2 always; all others after a change."""
-    if p == 4 and (not slow or k % 2):
-        return [pytest.mark.slow] * slow
-    return [pytest.mark.exhaustive] * (slow or p != 2)
+def level(name, slow, p, k):
+    """Of every schedule one case always, of 2 ranks or of 4, but those of test_token_schedules.py;
+    of 4 every other of the larger ones slow; all others after a change."""
+    if p == 4 and slow and k % 2:
+        return [pytest.mark.slow]
+    always = not slow and p == (2, 4)[k // 2 % 2] and name not in ("seq1f1b", "terapipe")
+    return [] if always else [pytest.mark.exhaustive]
 
 
 def matrix():
@@ -56,7 +58,7 @@ def matrix():
                 flavour = (QUICK_FLAVOURS, SLOW_FLAVOURS)[slow][p]
                 v = STAGES[p] if SHAPES.get(name) == "looped" else 0
                 case = Case(name, p, m, impl, flavour, v)
-                yield pytest.param(case, id=str(case), marks=level(slow, p, k))
+                yield pytest.param(case, id=str(case), marks=level(name, slow, p, k))
     yield pytest.param(Case("auto", 3, 4, v=2), id="auto", marks=pytest.mark.slow)
 
 
@@ -161,7 +163,7 @@ def test_messages_by_hand(case, total):
 @pytest.mark.parametrize(
     "case",
     [
-        Case("interleaved-zb", 3, 2, "fused", v=2),
+        pytest.param(Case("interleaved-zb", 3, 2, "fused", v=2), marks=pytest.mark.exhaustive),
         Case("dualpipe", 2, 4, "plain", "tied, dropout"),
         Case("1f1b-vocab2", 3, 2, "fused", "tied, dropout"),
     ],
@@ -183,7 +185,9 @@ def test_who_runs_next_changes_no_bit(case):
     "case",
     [
         Case("1f1b", 3, 2, "fused", "tied, experts", layers="2,1,0"),
-        Case("zb-h1", 3, 4, "plain", "experts", layers="0,1,3"),
+        pytest.param(
+            Case("zb-h1", 3, 4, "plain", "experts", layers="0,1,3"), marks=pytest.mark.exhaustive
+        ),
         Case("dualpipe-v", 2, 4, "plain", "tied, dropout", layers="1,2,1,0"),
         Case("v-half-vocab1", 2, 3, "fused", "experts", layers="1,2,1,2"),
     ],

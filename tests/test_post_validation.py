@@ -13,6 +13,7 @@ from picotron_lab.post_validation import PostValidation, clip_scale, undo_adamw
 from picotron_lab.processes import run_processes
 
 RANKS, LIMIT = 4, 1.0
+RARE = pytest.mark.exhaustive  # more of what the others sample
 OPTIMIZERS = [("sgd", "plain"), ("adamw", "plain"), ("adamw", "fused")]
 # norm of each rank's gradient, and the ranks that have to take a step back when LIMIT is 1
 STEPS = [
@@ -90,7 +91,7 @@ def assert_close(ours, theirs, tolerance=1e-12):
 
 
 @pytest.mark.parametrize(("name", "impl"), OPTIMIZERS)
-@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("seed", [pytest.param(None, marks=RARE), 3])
 def test_equals_clipping_over_all_ranks_then_stepping(name, impl, seed):
     cfg, steps = config(name, impl), [norms for norms, _ in STEPS]
     ranks = run_ranks(rank_program, RANKS, cfg, steps, LIMIT, seed=seed)
@@ -122,7 +123,7 @@ def test_without_clipping_nothing_is_taken_back_and_every_bit_is_torchs(limit):
 
 @pytest.mark.parametrize(("name", "impl"), OPTIMIZERS)
 @pytest.mark.parametrize("limit", [0.0, LIMIT])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, pytest.param(math.inf, marks=RARE)])
 def test_a_nan_on_the_last_stage_leaves_all_weights_as_they_were(name, impl, limit, bad):
     cfg = config(name, impl)
     small = (0.3, 0.3, 0.2, 0.1)

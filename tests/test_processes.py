@@ -137,7 +137,10 @@ def test_ranks_disagree(name):
     assert sentence.removeprefix("CommError: ").removeprefix("ranks disagree: ") == SENTENCES[name]
 
 
-@pytest.mark.parametrize("name", SENTENCES)
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "larger" else pytest.param(n, marks=pytest.mark.exhaustive) for n in SENTENCES],
+)
 def test_ranks_disagree_while_they_compute(name):
     """Then torch may crash before the notes are read; but no rank that did not may end well."""
     outcomes = launch(programs.disagree, 3, name, False, timeout=TIMEOUT)
@@ -209,29 +212,44 @@ def connect_as_rank_0_of_2(variables):
 
 # ---- what takes seconds to find out is started at once, and looked at afterwards
 
-SLOW = [
+SOME = [
     programs.killed,
+    programs.raises_while_others_compute,
+    programs.wait_for_each_other,
+]
+SLOW = [  # left to CI
     programs.killed_while_others_compute,
     programs.stopped,
     programs.stuck,
-    programs.raises_while_others_compute,
     programs.finishes_early,
-    programs.wait_for_each_other,
 ]
 LOST = "rank 1 (is lost|gave no sign of life)"  # the call is given up first, or the neighbour
 WAITING = "all_gather #2 on axis world (process_programs.py:"
 
 
+def start(pool, functions):
+    """{name: what becomes of three ranks}."""
+    return {f.__name__: pool.submit(launch, f, 3, timeout=TIMEOUT) for f in functions}
+
+
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """What became of the ranks of all programs in SLOW, and of orphans."""
-    with ThreadPoolExecutor(len(SLOW) + 3) as pool:
-        found = {p.__name__: pool.submit(launch, p, 3, timeout=TIMEOUT) for p in SLOW}
+    """What became of the ranks of all programs in SOME, and of orphans."""
+    with ThreadPoolExecutor(len(SOME) + 2) as pool:
+        found = start(pool, SOME)
         found["orphans"] = pool.submit(kill_launcher, tmp_path_factory.mktemp("orphans"))
-        file = tmp_path_factory.mktemp("meeting") / "store"
-        point = {"MEETING_POINT": f"file://{file}?rank=0&world_size=2"}
-        for name, variables in {"rank 1 never comes": point, "no launcher": {}}.items():
-            found[name] = pool.submit(connect_as_rank_0_of_2, variables)
+        found["no launcher"] = pool.submit(connect_as_rank_0_of_2, {})
+    return {name: future.result() for name, future in found.items()}
+
+
+@pytest.fixture(scope="module")
+def ended_slowly(tmp_path_factory):
+    """The same of those in SLOW, and of a rank that waits in vain."""
+    file = tmp_path_factory.mktemp("meeting") / "store"
+    point = {"MEETING_POINT": f"file://{file}?rank=0&world_size=2"}
+    with ThreadPoolExecutor(len(SLOW) + 1) as pool:
+        found = start(pool, SLOW)
+        found["rank 1 never comes"] = pool.submit(connect_as_rank_0_of_2, point)
     return {name: future.result() for name, future in found.items()}
 
 
@@ -245,17 +263,19 @@ def test_a_rank_is_killed(ended):
         assert f"rank {2 - rank} is waiting in {WAITING}" in outcomes[rank].error
 
 
-def test_a_rank_is_killed_while_the_others_compute(ended):
+@pytest.mark.slow
+def test_a_rank_is_killed_while_the_others_compute(ended_slowly):
     """Its left neighbour notices the silence and tells the others."""
-    outcomes = ended["killed_while_others_compute"]
+    outcomes = ended_slowly["killed_while_others_compute"]
     assert [o.exit_code for o in outcomes] == [1, -signal.SIGKILL, 1]
     for rank in (0, 2):
         sentence = f"error: rank {rank} ends, because rank 1 gave no sign of life for {TIMEOUT} s."
         assert sentence in outcomes[rank].stderr
 
 
-def test_a_rank_is_stopped(ended):
-    outcomes = ended["stopped"]
+@pytest.mark.slow
+def test_a_rank_is_stopped(ended_slowly):
+    outcomes = ended_slowly["stopped"]
     assert [o.exit_code for o in outcomes] == [1, -signal.SIGKILL, 1]
     for rank in (0, 2):
         assert f"rank {rank} cannot finish {WAITING}" in outcomes[rank].error
@@ -263,9 +283,10 @@ def test_a_rank_is_stopped(ended):
     assert outcomes[1].error == "it did not end and was killed by run_processes."
 
 
-def test_a_rank_is_stuck_in_a_loop(ended):
+@pytest.mark.slow
+def test_a_rank_is_stuck_in_a_loop(ended_slowly):
     """It lives, so it is not lost; its own heartbeat ends it."""
-    outcomes = ended["stuck"]
+    outcomes = ended_slowly["stuck"]
     assert [o.exit_code for o in outcomes] == [1, 1, 1]
     for rank in (0, 2):
         assert f"rank {rank} cannot finish all_gather #1 on axis part" in outcomes[rank].error
@@ -274,7 +295,7 @@ def test_a_rank_is_stuck_in_a_loop(ended):
     assert "error: rank 1 ends, because rank " in outcomes[1].stderr
 
 
-def test_a_rank_raises(ended):
+def test_a_rank_raises():
     outcomes = launch(programs.raises, 3, timeout=TIMEOUT)
     assert [o.exit_code for o in outcomes] == [1, 1, 1]
     assert outcomes[1].error == "ValueError: no luck\ntoday"
@@ -291,9 +312,10 @@ def test_a_rank_raises_while_the_others_compute(ended):
         assert sentence in outcomes[rank].stderr
 
 
-def test_a_rank_finishes_early(ended):
+@pytest.mark.slow
+def test_a_rank_finishes_early(ended_slowly):
     """All fail, the early one too: its work is of no use without the others."""
-    outcomes = ended["finishes_early"]
+    outcomes = ended_slowly["finishes_early"]
     assert [o.exit_code for o in outcomes] == [1, 1, 1]
     for rank in (0, 2):
         assert f"rank {rank} cannot finish {WAITING}" in outcomes[rank].error
@@ -325,8 +347,9 @@ def test_ranks_end_when_their_launcher_is_killed(ended):
     assert not any(map(alive, ended["orphans"]))
 
 
-def test_a_rank_that_never_comes(ended):
-    errors = ended["rank 1 never comes"].stderr
+@pytest.mark.slow
+def test_a_rank_that_never_comes(ended_slowly):
+    errors = ended_slowly["rank 1 never comes"].stderr
     assert "rank 0 cannot finish connect #0 on axis world (<string>:2)" in errors
     assert re.search(LOST, errors)
 

@@ -155,7 +155,11 @@ def wait_for(condition, seconds=90, pause=0.05):
 
 
 @pytest.mark.parametrize(
-    "moment", ["training", pytest.param("saving", marks=pytest.mark.exhaustive)]
+    "moment",
+    [
+        pytest.param("training", marks=pytest.mark.slow),  # left to CI
+        pytest.param("saving", marks=pytest.mark.exhaustive),  # to a run after a change
+    ],
 )
 def test_killed_rank_ends_all_and_the_next_start_goes_on(text, tmp_path, moment):
     saved, every = tmp_path / "saved", {"training": "5", "saving": "1"}[moment]

@@ -19,7 +19,7 @@ from picotron_lab.lab import run_ranks
 from picotron_lab.trainer import Trainer
 from picotron_lab.verify import BASE, TEXT, TEXT_BYTES
 
-QUICK = (2, 5, 8, 9, 13, 18, 26, 31, 33, 37, 52, 58)
+QUICK = (2, 5, 8, 9, 31, 33, 37)
 DEEP, MIXED = dataclasses.replace(DENSE, layers=4), dataclasses.replace(EXPERTS, layers=4)
 BF16, FUSED, ONE = {"dtype": "bfloat16"}, {"impl": "fused"}, {"micro_batch_size": 1}
 FULL = {"recompute": "full"}
@@ -122,8 +122,7 @@ MORE = {
 
 
 ALWAYS = (
-    "overlapped", "narrow gradients", "ZeRO-3, plain, tied, again", "experts over tp, again",
-    "a stage without layers",
+    "overlapped", "narrow gradients", "experts over tp, again", "a stage without layers",
 )  # fmt: skip
 
 

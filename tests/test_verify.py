@@ -64,15 +64,8 @@ def test_the_sample_is_always_the_same_and_covers_everything():
     assert {case.changes["recompute"] for case in cases} == {"none", "selective", "full"}
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case, id=case.technique, marks=[pytest.mark.slow] * (case.mesh.size > 4 or k > 5)
-        )
-        for k, case in enumerate(sample(12))
-    ],
-)
+@pytest.mark.slow  # left to CI; what always runs of it: test_products_equal_one_device
+@pytest.mark.parametrize("case", sample(12), ids=lambda case: case.technique)
 def test_a_random_product_equals_one_device(case):
     """The first rows of `run.py verify --all`; the others run there."""
     assert verify.verify([case])[0].good

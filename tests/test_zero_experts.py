@@ -3,7 +3,7 @@ and norm are those of one device, and stage 3 keeps 1/n of all experts."""
 
 import math
 import operator
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -23,21 +23,22 @@ from picotron_lab.processes import run_processes
 STAGES = [(stage, impl) for stage in (1, 2, 3) for impl in ("plain", "fused")]
 WAYS = [(0, step) for step in ("naive", "overlapped", "bucketed", "silent")] + STAGES
 QUICK = {
-    "two by two": [*STAGES, (0, "silent")],
-    "three by two, tied": [(3, "fused")],
-    "alone with its experts": [(0, "naive"), (1, "fused"), (3, "fused")],
+    "two by two": [(1, "fused"), (3, "plain"), (3, "fused")],
 }
-SLOW = {
-    "two by two": [(0, "naive")],
-    "three by two, tied": [(0, "overlapped"), (1, "plain"), (2, "fused"), (3, "plain")],
-    "alone with its experts": [(2, "fused")],
+SLOW = {  # what is `late` below is left to CI, what is `rare` to a run after a change
+    "two by two": [(1, "plain"), *STAGES[2:4], (0, "naive"), (0, "silent")],
+    "three by two, tied": [(0, "overlapped"), (1, "plain"), (2, "fused"), *STAGES[4:]],
+    "alone with its experts": [*STAGES[1::2], (0, "naive")],
     "two ranks without experts": [(0, "bucketed")],  # more of it: test_any_order_of_the_ranks
 }
 impls = pytest.mark.parametrize("impl", ["plain", "fused"])
 
 
-def slow_unless(quick, *case):
-    return pytest.param(*case, marks=[] if quick else pytest.mark.slow)
+late, rare = (partial(pytest.param, marks=m) for m in (pytest.mark.slow, pytest.mark.exhaustive))
+
+
+def seldom(name, stage, way):
+    return (late if "tied" in name or stage == 0 else rare)(name, stage, way)
 
 
 @cache
@@ -60,7 +61,7 @@ def assert_one_device(seen, expected):
 @pytest.mark.parametrize(
     ("name", "stage", "way"),
     [
-        slow_unless(way in QUICK.get(name, ()), name, *way)
+        (name, *way) if way in QUICK.get(name, ()) else seldom(name, *way)
         for name in MESHES for way in WAYS if way in (*QUICK.get(name, ()), *SLOW[name])
     ],
 )  # fmt: skip
@@ -76,10 +77,10 @@ def test_two_steps_of_sgd(name, stage, way):
 @pytest.mark.parametrize(
     ("name", "impl", "again"),
     [
-        ("two by two", "plain", "plain"),
-        ("two by two", "fused", "fused"),
-        slow_unless(False, "three by two, tied", "plain", "fused"),
-        slow_unless(False, "three by two, tied", "fused", "plain"),
+        rare("two by two", "plain", "plain"),
+        rare("two by two", "fused", "fused"),
+        late("three by two, tied", "plain", "fused"),
+        late("three by two, tied", "fused", "plain"),
     ],
 )
 def test_recomputation_around_both_units(name, impl, again):
@@ -101,7 +102,9 @@ FROZEN = {
 @pytest.mark.parametrize(
     ("name", "impl", "again"),
     [
-        slow_unless(impl == again, name, impl, again)
+        late(name, impl, again) if impl != again
+        else (name, impl, again) if (impl == "fused") == (name == "all but experts")
+        else rare(name, impl, again)
         for name in FROZEN for impl, again in (("plain", "plain"), ("fused", "fused"),
                                                ("plain", "none"), ("fused", "plain"))
     ],
@@ -125,8 +128,8 @@ def test_frozen_parts(name, impl, again):
     assert whole == (0,) * 4
 
 
-@impls
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("impl", [rare("plain"), "fused"])
+@pytest.mark.parametrize("where", ["forward", rare("backward")])
 def test_after_a_step_that_broke_off_inside_an_expert(impl, where):
     """Neither unit uses again what it has gathered: the weights have changed since."""
     case = Case(MIXTURE, microbatches=1)
@@ -163,7 +166,7 @@ def change(model):
         parameter.mul_(-1.5)
 
 
-@impls
+@pytest.mark.parametrize("impl", ["plain", rare("fused")])
 def test_backward_through_experts_of_before(impl):
     """Also where no weight of the layer itself has changed."""
 
@@ -254,8 +257,8 @@ def test_without_expert_parallelism_nothing_is_inside():
 # ---- what is sent, and what lies on a rank
 
 
-@impls
-@pytest.mark.parametrize("w", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", [rare("plain"), "fused"])
+@pytest.mark.parametrize("w", [rare(torch.float32), torch.bfloat16])
 def test_live_and_peak_bytes(impl, w):
     """4 ranks have 1/4 of everything: of experts half of the rows of the half that two ranks have.
 
@@ -283,8 +286,8 @@ def test_live_and_peak_bytes(impl, w):
     assert run_ranks(mixed.measure, 4, impl, w, torch.float32) == [(expected, top, 0)] * 4
 
 
-@impls
-@pytest.mark.parametrize("again", ["none", "full"])
+@pytest.mark.parametrize("impl", ["plain", rare("fused")])
+@pytest.mark.parametrize("again", [rare("none"), "full"])
 def test_nothing_of_the_weights_is_kept_for_backward(impl, again):
     """Bytes between forward and backward; the model of stage 1 tells them."""
 
@@ -304,6 +307,7 @@ def test_nothing_of_the_weights_is_kept_for_backward(impl, again):
 # ---- checkpoints
 
 
+@pytest.mark.exhaustive  # left to a run after a change
 def test_checkpoints_go_to_another_mesh(tmp_path):
     """From 4 ranks that share experts out by two to 6 ranks by three, and to one file reader."""
     case = Case(MIXTURE)
@@ -357,7 +361,7 @@ def test_several_call_each_in_one_order():
 
 
 @impls
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [rare(1), 2])
 def test_who_is_alone_with_its_experts_keeps_no_buffers_for_them(stage, impl):
     """Their gradients and weights stay where they lie; all else has two buckets, if fused."""
 
