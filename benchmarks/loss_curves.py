@@ -3,6 +3,7 @@
 python benchmarks/loss_curves.py          about three minutes on two cores
 """
 
+import argparse
 import contextlib
 import dataclasses
 import sys
@@ -59,6 +60,7 @@ def losses(cfg: TrainConfig, ranks: int = 1, undivided: bool = False) -> list[fl
 
 def main() -> None:
     """Train on several meshes and with the bug, then draw."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         base = TrainConfig(
             global_batch_size=16, micro_batch_size=4, steps=STEPS, warmup_steps=5, clip=0,
