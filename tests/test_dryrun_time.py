@@ -91,8 +91,14 @@ LARGE = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "mesh", "rounds"), LARGE, ids=["dp", "tp", "640 GPUs"])
+MARKS = pytest.mark.slow, pytest.mark.slow, pytest.mark.exhaustive  # the last takes half a minute
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "rounds"),
+    [pytest.param(*case, marks=mark) for case, mark in zip(LARGE, MARKS, strict=True)],
+    ids=["dp", "tp", "640 GPUs"],
+)
 def test_large_models_take_as_long_as_closed_forms_say(name, mesh, rounds):
     cfg = TrainConfig(mesh.dp * rounds, 1, 8192, dtype="bfloat16", impl="fused")
     found, told = both(PRESETS[name], mesh, cfg)

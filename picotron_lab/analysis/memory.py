@@ -126,7 +126,7 @@ def temporaries(r: Rank, ends: bool, unit: int, largest: int) -> dict[str, int]:
     unit      bytes of the largest unit that ZeRO-3 gathers, else 0
     largest   bytes of the largest gradient, as backward makes it and casts it
 
-    loss      fused: logits of two chunks of tokens, or of one and its part of dW, in forward
+    loss      fused: logits of a chunk of tokens, or of two where tp splits the words, in forward
     head      the gradients of its logits, w N V, and of its weight; all else is still there
     layer     what is recomputed of one layer, its gathered weights (ZeRO-3, plain) and their
               gradients, the largest weight's gradient before it is added, and the gradients of
@@ -149,8 +149,8 @@ def _in_chunks(r: Rank) -> bool:
 
 def _head_in_backward(r: Rank, largest: int) -> int:
     """Gradients of logits, whole: of log probabilities and, until these are free, of logits."""
-    if _in_chunks(r):
-        return largest
+    if _in_chunks(r):  # the weight's is made: it is rounded to a narrow weight's dtype, and added
+        return largest if r.narrow else 0
     logits, whole = saved.head_logits(r), r.mesh.vocabulary(r.cfg.impl) == "none"
     return logits + (max(logits, largest) if whole or r.mesh.tp == 1 else largest)
 
