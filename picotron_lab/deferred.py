@@ -4,19 +4,20 @@ Paper   Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 2, appendix 
 Idea    Backward of y = x W^T has two products: dx = dy W, for which the stage before waits, and
         dW = dy^T x, for which only the optimizer does: pipelines fill their bubbles with it. While
         `later.jobs` of a stage is a list, its matmuls add a Job to it instead of computing dW:
-            B   later.jobs = []
-                grads = torch.autograd.grad(y, [x, *parameters], dy, allow_unused=True)
-                jobs, later.jobs = later.jobs, None
+            B   with later.waits() as jobs:
+                    grads = torch.autograd.grad(y, [x, *parameters], dy, allow_unused=True)
             W   of each parameter: its gradient in grads, if any, plus gradient(job) of its jobs
-        Only the optimizer reads dW, so it need not exist by itself. With `later.at_once` a matmul
+        Nobody reads one micro-batch's dW, only the sum. With `later.at_once` a matmul
         adds to weight.grad, which may be wider: no dW is written, rounded, read and added.
 Holds   a job: x (with sequence parallelism, the gathered one) and dy; nothing else of the graph
 Not     deferred: routers, ChunkedHead and VocabHead, GroupedExperts, what ZeRO-3 lends
 Dims    as in model.py; N = B*T tokens
-Read    prepare -> linear -> weight_gradient -> gradient    Tests   tests/test_deferred.py
+Read    prepare -> linear -> weight_gradient -> accumulate; of jobs: gradient
+Tests   tests/test_deferred.py
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -40,12 +41,22 @@ class Later:
     """What the matmuls of one stage do instead of handing dW to autograd.
 
     jobs      where they leave jobs, in the order of backward; None: nothing waits
-    at_once   whether they add to weight.grad, if there is one; hooks of the weight run as ever
+    at_once   whether they add to weight.grad, if there is one. Hooks that run after a gradient has
+              been accumulated run as ever. Not for torch.autograd.grad, which would get None
     """
 
     def __init__(self, at_once: bool):
         self.at_once = at_once
         self.jobs: list[Job] | None = None
+
+    @contextmanager
+    def waits(self) -> Iterator[list[Job]]:
+        """Jobs of a B, left in the list until the block ends, also if backward breaks off."""
+        self.jobs = []
+        try:
+            yield self.jobs
+        finally:
+            self.jobs = None
 
 
 def prepare(stage: nn.Module, at_once: bool = False) -> Later:
@@ -90,7 +101,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
     Backward goes from CatchGradient, which leaves dy, over torch's own product, dx, to KeepInput.
     Three nodes, because recomputation ends before an operator when all is kept that it needs: one
-    node around the product could keep x only after the product.
+    node around the product could keep x only after the product. An x that wants no gradient gets
+    one all the same.
     """
     if not (hasattr(weight, "later") and weight.requires_grad):
         return F.linear(x, weight)
@@ -124,6 +136,10 @@ class KeepInput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dx: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        assert not torch.is_grad_enabled(), (
+            "create_graph=True asks for second derivatives, which prepared matmuls drop: take them "
+            "of a model that no executor has prepared."
+        )
         dw = weight_gradient(ctx.owner, ctx.caught.pop(), *ctx.saved_tensors)
         return dx if ctx.needs_input_grad[0] else None, dw, None
 
@@ -137,10 +153,10 @@ def owner(weight: Tensor) -> nn.Parameter | None:
 def weight_gradient(weight: nn.Parameter | None, grad: Tensor, x: Tensor) -> Tensor | None:
     """dW [F, D] of y = x W^T from grad [..., F] and x [..., D]; None if it waits or has been added,
     or if the weight, which is given by its owner(), is frozen."""
+    if weight is not None and not weight.requires_grad:
+        return None
     if not takes(weight):
         return product(grad, x)
-    if not weight.requires_grad:
-        return None
     job = Job(weight, x.detach(), grad)  # x itself would keep the graph below it
     if weight.later.jobs is not None:
         weight.later.jobs.append(job)

@@ -59,6 +59,8 @@ def clip(
     Returns the norm before clipping, a float64 scalar that is the same on every rank.
     """
     norm = squared_norm(parameters, world, axes).sqrt()
+    if isinstance(optimizer, KernelAdamW):
+        optimizer.scale = None  # of a step that was not taken
     if limit > 0:
         scale = (limit / (norm + 1e-6)).clamp(max=1.0)
         if isinstance(optimizer, KernelAdamW):

@@ -262,10 +262,9 @@ class Executor:
         x, edge = self.kept.pop(action[1:])
         inputs = [x] if x.requires_grad else []
         parameters = [p for p in self.stages[action.stage].parameters() if p.requires_grad]
-        later = self.later[action.stage]
-        later.jobs = []
-        found = torch.autograd.grad((edge,), [*inputs, *parameters], (grad,), allow_unused=True)
-        jobs, later.jobs = later.jobs, None
+        wanted = [*inputs, *parameters]
+        with self.later[action.stage].waits() as jobs:
+            found = torch.autograd.grad((edge,), wanted, (grad,), allow_unused=True)
         pairs = zip(parameters, found[len(inputs) :], strict=True)
         self.owed[action[1:]] = Owed({p: g for p, g in pairs if g is not None}, jobs)
         return found[0] if inputs else None
@@ -314,8 +313,8 @@ class Executor:
 
 
 class FusedExecutor(Executor):
-    """Posts receives ahead. Matmuls add dW straight to weight.grad, in its dtype; only in a stage's
-    last W does it go through autograd, because hooks there start the reduction."""
+    """Posts receives ahead. Matmuls add dW straight to weight.grad, in its dtype. Hooks that start
+    the reduction run where a backward reaches the weight; W has none, so its last one makes one."""
 
     make_channels, at_once = PostedChannels, True
 

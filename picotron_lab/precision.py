@@ -44,7 +44,7 @@ class MasterWeights:
     def take_gradients(self) -> None:
         """Hand each parameter's gradient to its master weight, without a copy."""
         for parameter, weight in self._narrow():
-            weight.grad = parameter.grad
+            weight.grad, weight.is_published = parameter.grad, False
 
     @torch.no_grad()
     def publish(self) -> None:

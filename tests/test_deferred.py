@@ -245,6 +245,23 @@ def test_at_once(kind, impl, dtype):
     assert_close(of(models[0]), of(models[1]), *([0.02] if dtype == torch.bfloat16 else []))
 
 
+def test_a_backward_that_breaks_off_leaves_no_jobs():
+    linear = nn.Sequential(nn.Linear(5, 7, bias=False))
+    later = deferred.prepare(linear)
+    with pytest.raises(RuntimeError, match="out of luck"), later.waits() as jobs:
+        torch.autograd.grad(linear(torch.ones(3, 5)).sum(), linear[0].weight, allow_unused=True)
+        raise RuntimeError("out of luck")
+    assert len(jobs) == 1 and later.jobs is None
+
+
+def test_second_derivatives_are_refused():
+    linear = nn.Sequential(nn.Linear(5, 7, bias=False))
+    deferred.prepare(linear)
+    x = torch.ones(3, 5, requires_grad=True)
+    with pytest.raises(AssertionError, match="prepared matmuls drop"):
+        torch.autograd.grad(linear(x).sum(), x, create_graph=True)
+
+
 def test_at_once_makes_no_gradient_of_its_own():
     """Of a weight of 7 x 5 there is the gradient alone, and without one autograd makes it."""
     linear = nn.Sequential(nn.Linear(5, 7, bias=False))
